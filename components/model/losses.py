@@ -1,0 +1,59 @@
+"""What is measured of a model's predictions, as free functions on tensors."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.model.gpt import GPT
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> Tensor:
+    """Sequences of several lengths as one LongTensor [N, longest], filled with `pad` behind."""
+    longest = max(map(len, sequences))
+    rows = [[*s, *([pad] * (longest - len(s)))] for s in sequences]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of about equal length, each of at most `batch_tokens` padded tokens (or one sequence)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and lengths[i] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def next_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p(ids[:, t+1] | ids[:, :t+1]) as [B, T-1], from logits [B, T, V] of ids [B, T]."""
+    return -F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def token_logprobs(
+    model: GPT, sequences: Sequence[Sequence[int]], pad: int, batch_tokens: int = 8192
+) -> list[Tensor]:
+    """log p of the tokens 1..n-1 of each sequence, float32 on the CPU, in the order given."""
+    device = model.wte.weight.device
+    out: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for batch in by_length([len(s) for s in sequences], batch_tokens):
+        ids = pad_right([sequences[i] for i in batch], pad, device)
+        logprobs = next_logprobs(model(ids), ids).cpu()
+        for row, i in enumerate(batch):
+            out[i] = logprobs[row, : len(sequences[i]) - 1].clone()
+    return out
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """A text's total negative log-likelihood in nats, as bits per UTF-8 byte."""
+    return nats / math.log(2) / n_bytes
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Bradley-Terry: -log sigmoid(chosen - rejected), elementwise (Ouyang et al. 2022, eq. 1)."""
+    return -F.logsigmoid(chosen - rejected)
