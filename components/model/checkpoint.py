@@ -44,7 +44,7 @@ def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
     """
     for name in (SHAPE, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
-            raise Damaged(f"{folder / name}: missing, so {folder} is no checkpoint; name a folder such as artifacts/sft")
+            raise Damaged(f"{folder / name}: missing, so {folder} is no checkpoint; name one such as artifacts/sft")
     shape: dict[str, Any] = json.loads((folder / SHAPE).read_bytes())
     if "quantization" in shape:
         from components.release.quantize import restore

@@ -48,17 +48,18 @@ def generate(
 
     out: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts), device=device)
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for step in range(new):
         token = _pick(logits, noise[alive, step], temperature, top_k, top_p)
         for row, value in zip(alive.tolist(), token.tolist(), strict=True):
             out[row].append(value)
-        going = token != stop
+        going = going & (token != stop)
         if step + 1 == new or not going.any():
             break
         if going.sum() <= len(alive) // 2:  # finished rows leave once half are done: a copy of the cache is not free
             rows = going.nonzero().squeeze(1)
             cache.keep(rows)
-            alive, token = alive[rows], token[rows]
+            alive, token, going = alive[rows], token[rows], going[rows]
         logits = _step(model, token, lengths[alive] + step, visible[alive], cache)
     return [_cut(tokens, stop) for tokens in out]
 

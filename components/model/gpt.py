@@ -136,7 +136,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens [B, T] to next-token logits [B, T, vocab] in float32 (head "lm") or to one value each [B, T] ("scalar")."""
+    """Tokens [B, T] to next-token logits [B, T, vocab] (head "lm") or one value each [B, T] ("scalar"), in float32."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -1,0 +1,56 @@
+"""Which rows make which batch: a function of (seed, step) alone, so any step can be reached without the ones before."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from components.artifact import ForjaError
+
+Item = TypeVar("Item")
+
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation [n] of an epoch, drawn from the counter-based generator Philox (Salmon et al. 2011)."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(n)
+
+
+def pick(seed: int, step: int, batch: int, n: int) -> list[int]:
+    """The indices of batch `step`: epochs of all n rows, each in its own order, cut into batches back to back."""
+    at = step * batch
+    out: list[int] = []
+    while len(out) < batch:
+        epoch, start = divmod(at + len(out), n)
+        out.extend(order(seed, epoch, n)[start : start + batch - len(out)].tolist())
+    return out
+
+
+def windows(shard: Path, context: int, seed: int, step: int, batch: int) -> list[np.ndarray]:
+    """Batch `step` of a shard of uint16 tokens: `batch` windows [context + 1] that overlap by the one shared token.
+
+    Every epoch cuts the shard at another offset, so that a token is not always seen at one position.
+    Raises ForjaError where the shard is shorter than two windows.
+    """
+    tokens = np.memmap(shard, dtype=np.uint16, mode="r")
+    per_epoch = (len(tokens) - 1) // context - 1
+    if per_epoch < 1:
+        raise ForjaError(f"{shard}: {len(tokens)} tokens are fewer than two windows of {context}; ingest more text")
+    out: list[np.ndarray] = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, index = divmod(position, per_epoch)
+        rng = np.random.Generator(np.random.Philox(key=seed, counter=epoch))
+        offset, start = int(rng.integers(context)), int(rng.permutation(per_epoch)[index]) * context
+        out.append(np.asarray(tokens[offset + start : offset + start + context + 1], dtype=np.int64))
+    return out
+
+
+def bucketed(lengths: list[int], seed: int, step: int, batch: int, pool: int = 16) -> list[int]:
+    """Batch `step` of rows of several lengths, about equally long ones together, so that little is padding.
+
+    `pool` batches are drawn at a time, sorted by length, cut, and the pieces taken in a shuffled order.
+    """
+    group, member = divmod(step, pool)
+    indices = pick(seed, group, batch * pool, len(lengths))
+    indices.sort(key=lambda i: (lengths[i], i))
+    piece = int(order(seed + 1, group, pool)[member])
+    return indices[piece * batch : (piece + 1) * batch]

@@ -1,0 +1,72 @@
+"""Pretrain: next-token prediction on the packed corpus."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from components.data.batches import windows
+from components.data.chat import encode_text
+from components.log import Log
+from components.model.checkpoint import save
+from components.model.engine import device
+from components.model.gpt import GPT, GPTConfig, Shape, parameter_count
+from components.train.loop import Training, fit
+from components.train.samples import write_samples
+
+
+class Config(Training, frozen=True, extra="forbid"):
+    model: Shape
+    val_windows: int = Field(ge=1)
+    samples: list[str]
+
+
+def window_loss(model: nn.Module, items: Sequence[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed cross-entropy in nats of windows [context + 1]."""
+    ids = torch.from_numpy(np.stack(items)).to(device())
+    logits = model(ids[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"), {}
+
+
+def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
+    # 1. The model: the recipe's shape, the tokenizer's vocabulary.
+    tokenizer = Tokenizer.from_file(str(tokenize / "tokenizer.json"))
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(**cfg.model.model_dump(), vocab_size=tokenizer.get_vocab_size(), head="lm"))
+    context = cfg.model.context
+
+    # 2. What is held out: the same windows every time.
+    heldout = windows(tokenize / "val.bin", context, 0, 0, cfg.val_windows)
+
+    @torch.no_grad()
+    def validate(model: GPT) -> dict[str, float]:
+        nats = sum(float(window_loss(model, heldout[i : i + cfg.batch])[0]) for i in range(0, len(heldout), cfg.batch))
+        return {"loss": nats / (len(heldout) * context)}
+
+    # 3. Train.
+    last = fit(
+        model,
+        cfg,
+        lambda step: windows(tokenize / "train.bin", context, cfg.seed, step, cfg.batch),
+        window_loss,
+        lambda window: len(window) - 1,
+        validate,
+        scratch,
+        log,
+    )
+
+    # 4. Keep it, with a few continuations to look at.
+    save(model, out, tokenize / "tokenizer.json")
+    write_samples(out, model, tokenizer, [{"prompt": t, "ids": encode_text(tokenizer, t)} for t in cfg.samples])
+    tokens = json.loads((tokenize / "tokens.json").read_bytes())["train"]["tokens"]
+    return last | {
+        "val_loss": validate(model.eval())["loss"],
+        "parameters": float(parameter_count(model)),
+        "epochs": cfg.steps * cfg.batch * context / tokens,
+    }

@@ -1,0 +1,108 @@
+"""Supervised fine-tuning: the model learns to answer; the loss is on what the assistant says, alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from components.artifact import ForjaError
+from components.data.batches import bucketed
+from components.data.chat import SEPARATOR, encode, special
+from components.data.tokenize import rows
+from components.log import Log
+from components.model.checkpoint import TOKENIZER, load, save
+from components.model.engine import device
+from components.model.gpt import GPT
+from components.model.losses import by_length, pad_right
+from components.train.loop import Training, fit
+from components.train.samples import question_items, write_samples
+
+Prompts = dict[str, dict[str, str]]
+Example = tuple[list[int], list[bool]]  # tokens, and which of them the assistant says
+
+
+class Config(Training, frozen=True, extra="forbid"):
+    prompts: Prompts
+    val_rows: int = Field(ge=1)
+    sample_rows: int = Field(ge=0)
+
+
+def examples(
+    tokenizer: Tokenizer, table: list[dict], prompts: Prompts, context: int, path: Path
+) -> tuple[list[Example], int]:
+    """The rows that fit the context, and the number of those that do not.
+
+    Raises ForjaError where a row's language has no template.
+    """
+    out: list[Example] = []
+    for row in table:
+        if row["lang"] not in prompts:
+            raise ForjaError(
+                f"{path}: row {row['id']} is in {row['lang']!r}, and the recipe's prompts are {sorted(prompts)}; "
+                f"add conf/prompts/{row['lang']}.yaml to them"
+            )
+        ids, said = encode(tokenizer, row["messages"], prompts[row["lang"]])
+        if len(ids) <= context:
+            out.append((ids, said))
+    return out, len(table) - len(out)
+
+
+def answer_loss(model: nn.Module, items: Sequence[Example], pad: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed cross-entropy in nats of the assistant's tokens; every other position weighs nothing."""
+    ids = pad_right([ids for ids, _ in items], pad, device())
+    said = pad_right([said for _, said in items], 0, device()).bool()
+    targets = ids[:, 1:].masked_fill(~said[:, 1:], -100)
+    logits = model(ids[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"), {}
+
+
+def run(cfg: Config, validate: Path, pretrain: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
+    # 1. Where pretraining left off.
+    model, tokenizer, _ = load(pretrain, device())
+    pad = special(tokenizer, SEPARATOR)
+    context = model.config.context
+
+    # 2. Conversations as tokens, the assistant's own marked.
+    path = validate / "instructions.jsonl"
+    table: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    for row in rows(path):
+        table[row["split"]].append(row)
+    train, dropped = examples(tokenizer, table["train"], cfg.prompts, context, path)
+    heldout, _ = examples(tokenizer, table["val"][: cfg.val_rows], cfg.prompts, context, path)
+    if not train or not heldout:
+        raise ForjaError(f"{path}: {len(train)} training and {len(heldout)} held-out rows; SFT needs both")
+    lengths = [len(ids) for ids, _ in train]
+
+    @torch.no_grad()
+    def measure(model: GPT) -> dict[str, float]:
+        batches = by_length([len(ids) for ids, _ in heldout], 4096)
+        nats = sum(float(answer_loss(model, [heldout[i] for i in batch], pad)[0]) for batch in batches)
+        return {"loss": nats / sum(sum(said) for _, said in heldout)}
+
+    # 3. Train.
+    before = measure(model)["loss"]
+    last = fit(
+        model,
+        cfg,
+        lambda step: [train[i] for i in bucketed(lengths, cfg.seed, step, cfg.batch)],
+        lambda model, items: answer_loss(model, items, pad),
+        lambda example: sum(example[1]),
+        measure,
+        scratch,
+        log,
+    )
+
+    # 4. Keep it, with a few held-out answers to look at.
+    save(model, out, pretrain / TOKENIZER, cfg.prompts)
+    items = question_items(tokenizer, table["val"][: cfg.sample_rows], cfg.prompts)
+    write_samples(out, model.eval(), tokenizer, items)
+    return last | {
+        "val_loss": measure(model)["loss"],
+        "val_loss_before": before,
+        "rows": float(len(train)),
+        "dropped": float(dropped),
+    }
