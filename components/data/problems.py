@@ -53,7 +53,7 @@ DIRECT_UP_TO = 10
 
 
 class Problem(NamedTuple):
-    """A question with its exact answer. `expression` is what the calculator computes; `said` how the answer restates it."""
+    """A question with its exact answer. `expression` is for the calculator, `said` for people."""
 
     object: str
     lang: str
@@ -179,7 +179,5 @@ def _units(rng: random.Random, lang: str) -> Problem | None:
         return None
     if result == 1:
         return None  # "1 hours"
-    said = f"{n} {unit_word}"
-    return Problem(
-        f"{n} {unit} in {to}", lang, question, f"{n} {operator} {factor}", said, answer, f" {to_word}", False
-    )
+    expression, said = f"{n} {operator} {factor}", f"{n} {unit_word}"
+    return Problem(f"{n} {unit} in {to}", lang, question, expression, said, answer, f" {to_word}", False)

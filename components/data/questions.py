@@ -50,6 +50,7 @@ class Question(NamedTuple):
     lang: str
     topic: str
     about: str  # the name asked about, or the expression
+    words: frozenset[str]  # of `about`: two questions that share none are easily told apart
     messages: list[Message]  # the user's turn
     answer: list[Message]  # what follows it: the answer, or call, result and answer
 
@@ -61,10 +62,12 @@ class Question(NamedTuple):
 
 def of_docs(docs: list[Doc], seed: int) -> list[Question]:
     """The questions about `docs`: a description in English each, the others by the shares above."""
-    return [q for doc in docs for q in _of_doc(doc, seed)]
+    roots = {doc.name.partition(".")[0] for doc in docs}
+    common = roots if len(roots) == 1 else set()  # within one package every name begins alike
+    return [q for doc in docs for q in _of_doc(doc, seed, _words(doc.name) - common)]
 
 
-def _of_doc(doc: Doc, seed: int) -> Iterator[Question]:
+def _of_doc(doc: Doc, seed: int, words: frozenset[str]) -> Iterator[Question]:
     able = {
         "describe": bool(doc.summary),
         "signature": 0 < len(doc.signature) <= SIGNATURE_CHARS,
@@ -79,7 +82,7 @@ def _of_doc(doc: Doc, seed: int) -> Iterator[Question]:
         text = ask[hashed(f"{seed}/{doc.name}/{kind}/phrase") % len(ask)].format(n=doc.name)
         answer = ANSWER[topic][lang].format(n=doc.name, summary=doc.summary, signature=doc.signature, module=doc.module)
         user, assistant = {"role": "user", "content": text}, {"role": "assistant", "content": answer}
-        yield Question(f"{doc.name}/{kind}", doc.object, lang, topic, doc.name, [user], [assistant])
+        yield Question(f"{doc.name}/{kind}", doc.object, lang, topic, doc.name, words, [user], [assistant])
 
 
 def of_problems(found: list[problems.Problem]) -> list[Question]:
@@ -88,7 +91,18 @@ def of_problems(found: list[problems.Problem]) -> list[Question]:
     for problem in found:
         user, *answer = problems.dialogue(problem)
         key = f"{problem.object}/{problem.lang}"
-        asked.append(Question(key, problem.object, problem.lang, "problem", problem.expression, [user], answer))
+        asked.append(
+            Question(
+                key,
+                problem.object,
+                problem.lang,
+                "problem",
+                problem.expression,
+                _words(problem.expression),
+                [user],
+                answer,
+            )
+        )
     return asked
 
 
@@ -123,7 +137,7 @@ def _another(question: Question, pool: list[Question], rng: random.Random, same_
     """A question of the same topic, or of another one, whose subject shares no word with that of `question`."""
     for _ in range(DRAWS):
         other = rng.choice(pool)
-        if (other.topic == question.topic) == same_topic and not _words(other.about) & _words(question.about):
+        if (other.topic == question.topic) == same_topic and not other.words & question.words:
             return other
     return None
 
@@ -157,9 +171,9 @@ def _wrong_result(question: Question, pool: list[Question], rng: random.Random) 
     return other.first if other else None
 
 
-def _words(name: str) -> set[str]:
+def _words(name: str) -> frozenset[str]:
     """The words of a name in lower case: "http.HTTPStatus.is_ok" -> http, httpstatus, is, ok; numbers count."""
-    return set(re.findall(r"[a-z]+|[0-9.]+", name.casefold().replace("_", "."))) - {"."}
+    return frozenset(re.findall(r"[a-z]+|[0-9.]+", name.casefold().replace("_", "."))) - {"."}
 
 
 def choices(docs: list[Doc], seed: int) -> Iterator[tuple[Doc, list[str], int]]:

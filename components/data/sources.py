@@ -56,7 +56,7 @@ def split_of(group: str) -> str:
 
 
 def python_docs(package: str | None) -> tuple[Origin, list[Doc], int]:
-    """The documented objects of the standard library, or of an installed package, and how many modules would not import.
+    """The documented objects of the standard library or of a package, and how many modules would not import.
 
     Raises ForjaError when the package is not installed or its docstrings cannot be collected.
     """
@@ -87,9 +87,9 @@ def _origin(package: str | None) -> Origin:
     names = importlib.metadata.packages_distributions().get(top, [])
     if not names:
         return Origin(f"python-docs:{package}", "unknown", package)
-    about = importlib.metadata.metadata(names[0])
-    licence = (about.get("License-Expression") or about.get("License") or "unknown").partition("\n")[0].strip()
-    return Origin(f"python-docs:{package}", licence[:80] or "unknown", f"{names[0]} {about['Version']}")
+    about = importlib.metadata.metadata(names[0]).json
+    licence = str(about.get("license_expression") or about.get("license") or "unknown").partition("\n")[0].strip()
+    return Origin(f"python-docs:{package}", licence[:80] or "unknown", f"{names[0]} {about['version']}")
 
 
 def _collect(package: str | None) -> list[dict[str, Any]]:
