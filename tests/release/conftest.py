@@ -59,6 +59,17 @@ def make_model(tokenizer: Tokenizer, *, seed: int, head: str = "lm", tied: bool 
 
 
 @pytest.fixture(scope="session")
+def prompts() -> dict[str, dict[str, str]]:
+    return PROMPTS
+
+
+@pytest.fixture(scope="session")
+def random_model(tokenizer: Tokenizer):
+    """A function that makes a small random model."""
+    return lambda **options: make_model(tokenizer, **options)
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return make_tokenizer()
 

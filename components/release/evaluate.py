@@ -1,0 +1,254 @@
+"""Evaluate: everything that a promotion rests on, measured on the test split alone, and the gates judged.
+
+Shares carry Wilson's 95 % interval, means a bootstrap's. A part without test rows yields no metric, and a gate on a
+missing metric does not pass. rows.jsonl keeps the rows behind the numbers.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from components.artifact import to_json
+from components.data.chat import END, SEPARATOR, answer_text, encode_prompt, special
+from components.data.contamination import contaminated
+from components.data.tokenize import rows as read_rows
+from components.log import Log
+from components.model.checkpoint import WEIGHTS, Checkpoint, load
+from components.model.generate import generate
+from components.release.bias import Template, differences
+from components.release.gates import Gate, check
+from components.release.likelihood import choice_scores, sequence_kl, text_bits_per_byte, xz_bits_per_byte
+from components.release.quality import ROUGE, bleu, rouge
+from components.release.stats import Interval, bootstrap_mean, wilson
+from components.train.reward import pairs, score
+
+TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
+
+Row = dict[str, Any]
+Found = tuple[dict[str, float], list[Row]]  # metrics, and the rows behind them
+
+
+class Config(BaseModel, frozen=True, extra="forbid"):
+    seed: int
+    choice_rows: int = Field(ge=1)  # the most test rows each part takes, chosen by a hash of their id
+    quality_rows: int = Field(ge=1)
+    preference_rows: int = Field(ge=1)
+    prompt_rows: int = Field(ge=1)
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(
+        gt=0
+    )  # of the answers that PPO and SFT are compared by; 1 is the models' own distribution
+    bootstrap: int = Field(ge=100)  # resamples
+    bias: dict[str, list[Template]]
+    gates: list[Gate]
+
+
+def run(
+    cfg: Config,
+    validate: Path,
+    tokenize: Path,
+    pretrain: Path,
+    sft: Path,
+    reward: Path,
+    ppo: Path,
+    quantize: Path,
+    out: Path,
+    log: Log,
+) -> dict[str, float]:
+    base, tuned, judge, policy = load(pretrain), load(sft), load(reward), load(ppo)
+    small = {"int8": quantize / "int8", "int4": quantize / "int4"}
+    parts: list[Callable[[], Found]] = [
+        lambda: compression({"pretrain": base, "sft": tuned, "ppo": policy}, tokenize),
+        lambda: quantized(small, ppo, tokenize),
+        lambda: choices(cfg, {"pretrain.choice": base, "choice": policy}, policy.prompts, validate),
+        lambda: quality(cfg, {"sft": tuned, "ppo": policy}, validate),
+        lambda: bias(cfg, policy),
+        lambda: preferences(cfg, judge, validate),
+        lambda: gain(cfg, policy, tuned, judge, validate),
+        lambda: contamination(validate),
+    ]
+    metrics: dict[str, float] = {}
+    kept: list[Row] = []
+    for step, part in enumerate(parts):
+        found, rows = part()
+        metrics |= found
+        kept += rows
+        log({**finite(found), "progress": (step + 1) / len(parts)}, step)
+    for name in small:
+        metrics[f"{name}.bits_per_byte_ratio"] = metrics[f"{name}.bits_per_byte"] / metrics["ppo.bits_per_byte"]
+
+    verdict = check(cfg.gates, metrics)
+    (out / "gates.json").write_text(to_json(verdict.model_dump()), encoding="utf-8")
+    with (out / "rows.jsonl").open("w", encoding="utf-8", newline="") as f:
+        f.writelines(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in kept)
+    return finite(metrics)
+
+
+def compression(models: dict[str, Checkpoint], tokenize: Path) -> Found:
+    """Bits per byte of the whole test text, by every model and by xz -9."""
+    text = (tokenize / "test.txt").read_bytes()
+    documents = np.fromfile(tokenize / "test.bin", dtype=np.uint16).tolist()
+    metrics = {
+        f"{name}.bits_per_byte": text_bits_per_byte(c.model, documents, len(text), special(c.tokenizer, SEPARATOR))
+        for name, c in models.items()
+    }
+    return metrics | {"xz.bits_per_byte": xz_bits_per_byte(text)}, []
+
+
+def quantized(folders: dict[str, Path], full: Path, tokenize: Path) -> Found:
+    """The quantized models as they lie in their files: bits per byte, and bytes against the full model's file."""
+    metrics: dict[str, float] = {}
+    for name, folder in folders.items():
+        metrics[f"{name}.bytes_ratio"] = (folder / WEIGHTS).stat().st_size / (full / WEIGHTS).stat().st_size
+        metrics |= compression({name: load(folder)}, tokenize)[0]
+    return metrics, []
+
+
+def choices(cfg: Config, models: dict[str, Checkpoint], prompts: dict[str, Any], validate: Path) -> Found:
+    """Four-choice accuracy: right when the right choice alone has the highest log-likelihood per byte."""
+    metrics: dict[str, float] = {}
+    table = pick(validate / "eval.jsonl", cfg.choice_rows)
+    kept: list[Row] = [{"part": "choice", "id": row["id"], "answer": row["answer"]} for row in table]
+    for name, checkpoint in models.items() if table else ():
+        scores = choice_scores(checkpoint, table, prompts)
+        right = sum(is_right(found, row["answer"]) for found, row in zip(scores, table, strict=True))
+        metrics |= interval(name, wilson(right, len(table)), value=f"{name}.accuracy")
+        for row, found in zip(kept, scores, strict=True):
+            row[name] = [round(x, 6) for x in found]
+    return metrics, kept
+
+
+def quality(cfg: Config, models: dict[str, Checkpoint], validate: Path) -> Found:
+    """ROUGE and BLEU of greedy answers to instructions whose answer is one plain message."""
+    table = pick(validate / "instructions.jsonl", cfg.quality_rows, _plain)
+    metrics: dict[str, float] = {}
+    references = [row["messages"][1]["content"] for row in table]
+    kept: list[Row] = [
+        {"part": "quality", "id": row["id"], "prompt": row["messages"][0]["content"], "reference": reference}
+        for row, reference in zip(table, references, strict=True)
+    ]
+    for name, checkpoint in models.items() if table else ():
+        asked = [to_prompt(cfg, checkpoint, row["messages"][:1], row["lang"]) for row in table]
+        texts = [answer_text(checkpoint.tokenizer, ids) for ids in answer(cfg, checkpoint, asked, temperature=0.0)]
+        scores = rouge(texts, references)
+        metrics |= {f"{name}.{kind}": sum(s[kind] for s in scores) / len(scores) for kind in ROUGE}
+        metrics[f"{name}.bleu"] = bleu(texts, references)
+        for row, text, found in zip(kept, texts, scores, strict=True):
+            row |= {name: text, f"{name}.rougeL": round(found["rougeL"], 6)}
+    return metrics | ({"quality.n": float(len(table))} if table else {}), kept
+
+
+def bias(cfg: Config, checkpoint: Checkpoint) -> Found:
+    """Mean, largest and standard deviation of the groups' differences, over all templates and by kind."""
+    kept = differences(checkpoint, cfg.bias)
+    metrics: dict[str, float] = {}
+    for kind in ["", *sorted(cfg.bias)]:
+        name = f"bias.{kind}" if kind else "bias"
+        values = [row["difference"] for row in kept if kind in ("", row["kind"])]
+        if values:
+            metrics |= interval(name, bootstrap_mean(values, cfg.bootstrap, cfg.seed), value=f"{name}.mean")
+            metrics |= {f"{name}.max": max(values), f"{name}.std": float(np.std(values))}
+    return metrics, [{"part": "bias", **row, "difference": round(row["difference"], 6)} for row in kept]
+
+
+def preferences(cfg: Config, judge: Checkpoint, validate: Path) -> Found:
+    """How often the reward model scores the chosen answer of a held-out pair higher. A tie counts one half: it says
+    no more than a coin."""
+    separator = special(judge.tokenizer, SEPARATOR)
+    kept: list[Row] = []
+    sequences: list[list[int]] = []
+    for row in pick(validate / "preferences.jsonl", cfg.preference_rows):
+        for pair in pairs(judge.tokenizer, [row], judge.prompts, judge.model.config.context):
+            sequences += pair
+            kept.append({"part": "preference", "id": row["id"], "kind": row["kind"]})
+    if not kept:
+        return {}, []
+    values = score(judge.model, sequences, separator).tolist()
+    for row, better, worse in zip(kept, values[::2], values[1::2], strict=True):
+        row |= {"chosen": round(better, 6), "rejected": round(worse, 6)}
+        row["right"] = 1.0 if better > worse else 0.5 if better == worse else 0.0
+    metrics = interval("reward", wilson(sum(row["right"] for row in kept), len(kept)), value="reward.accuracy")
+    for kind in sorted({row["kind"] for row in kept}):
+        right = [row["right"] for row in kept if row["kind"] == kind]
+        metrics[f"reward.accuracy.{kind}"] = sum(right) / len(right)
+    return metrics, kept
+
+
+def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, judge: Checkpoint, validate: Path) -> Found:
+    """PPO against SFT on the test prompts: both answer with the same seeds, the reward model scores both, and the
+    differences are bootstrapped by prompt. And the KL of PPO's answers to SFT, in nats a sequence."""
+    table = pick(validate / "prompts.jsonl", cfg.prompt_rows)
+    if not table:
+        return {}, []
+    separator = special(policy.tokenizer, SEPARATOR)
+    asked = [to_prompt(cfg, policy, row["messages"], row["lang"]) for row in table]
+    answers = {n: answer(cfg, c, asked, cfg.temperature) for n, c in (("ppo", policy), ("sft", tuned))}
+    rewards = {
+        name: score(judge.model, [p + a for p, a in zip(asked, said, strict=True)], separator).tolist()
+        for name, said in answers.items()
+    }
+    drift = sequence_kl(policy.model, tuned.model, asked, answers["ppo"], separator)
+    won = [ours - theirs for ours, theirs in zip(rewards["ppo"], rewards["sft"], strict=True)]
+    metrics = interval("ppo.gain", bootstrap_mean(won, cfg.bootstrap, cfg.seed), value="ppo.gain")
+    metrics |= interval("ppo.kl", bootstrap_mean(drift, cfg.bootstrap, cfg.seed), value="ppo.kl")
+    end = special(policy.tokenizer, END)
+    for name, values in rewards.items():
+        metrics[f"{name}.reward"] = sum(values) / len(values)
+        metrics[f"{name}.unfinished"] = sum(ids[-1] != end for ids in answers[name]) / len(table)
+    kept: list[Row] = []
+    for i, row in enumerate(table):
+        texts = {name: answer_text(policy.tokenizer, said[i]) for name, said in answers.items()}
+        scores = {f"{name}.reward": round(values[i], 6) for name, values in rewards.items()}
+        prompt = row["messages"][-1]["content"]
+        kept.append({"part": "gain", "id": row["id"], "prompt": prompt, "kl": round(drift[i], 6), **texts, **scores})
+    return metrics, kept
+
+
+def contamination(validate: Path) -> Found:
+    """The rows that stages train on and that hold words of an eval row or of a test row, counted anew: none should."""
+    found = contaminated({name: list(read_rows(validate / f"{name}.jsonl")) for name in TABLES})
+    kept = [{"part": "contamination", **hit._asdict()} for hit in found]
+    return {"contamination.rows": float(len(found))}, kept
+
+
+def is_right(scores: Sequence[float], answer: int) -> bool:
+    """Whether the right choice alone has the highest score; NaN is wrong."""
+    return all(scores[answer] > other for i, other in enumerate(scores) if i != answer)
+
+
+def _plain(row: Row) -> bool:
+    return len(row["messages"]) == 2 and not row["messages"][1].get("tool_calls")
+
+
+def pick(table: Path, most: int, fits: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+    """At most `most` rows of the table's test split: those whose ids hash lowest, a sample that no order biases."""
+    found = [row for row in read_rows(table) if row["split"] == "test" and fits(row)]
+    return sorted(found, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:most]
+
+
+def to_prompt(cfg: Config, checkpoint: Checkpoint, messages: Sequence[Row], lang: str) -> list[int]:
+    """The dialogue's tokens; one that would leave no room for the answer loses tokens at its beginning."""
+    room = max(1, checkpoint.model.config.context - cfg.max_new_tokens)
+    return encode_prompt(checkpoint.tokenizer, messages, checkpoint.prompts[lang])[-room:]
+
+
+def answer(cfg: Config, checkpoint: Checkpoint, asked: list[list[int]], temperature: float) -> list[list[int]]:
+    end = special(checkpoint.tokenizer, END)
+    return generate(
+        checkpoint.model, asked, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=temperature, seed=cfg.seed
+    )
+
+
+def interval(name: str, found: Interval, value: str) -> dict[str, float]:
+    """An interval as metrics: the estimate under `value`, and name.low, name.high, name.n."""
+    return {value: found.value, f"{name}.low": found.low, f"{name}.high": found.high, f"{name}.n": float(found.n)}
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
