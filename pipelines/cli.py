@@ -1,0 +1,165 @@
+"""The command line. Every command imports what it needs when it runs, so `forja --help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from components.artifact import ForjaError
+from pipelines.checkout import find_root, only_writer, run_code_of, set_environment
+
+app = typer.Typer(
+    help="From text to a promoted language model: each result versioned, gated and resumable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DEMO = Path("conf/demo.yaml")
+Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="A recipe in conf/.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")]
+
+
+@app.command()
+def run(
+    recipe: Recipe = DEMO,
+    set_: Sets = [],  # noqa: B006  # typer reads it, nobody changes it
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log too.")] = False,
+) -> None:
+    """Take a recipe through every stage to a promoted model. The same command resumes after an interruption."""
+    from pipelines.run import run as run_recipe
+
+    raise typer.Exit(run_recipe(find_root(), recipe, set_, verbose))
+
+
+@app.command()
+def plan(recipe: Recipe = DEMO, set_: Sets = []) -> None:  # noqa: B006
+    """What `run` would do and why, with the time and memory it took last. Runs and writes nothing."""
+    from pipelines import recipe as recipes
+    from pipelines import status
+
+    root = find_root()
+    status.show_plan(status.plan(root, recipes.compose(root, recipe, set_)))
+
+
+@app.command()
+def use(recipe: Annotated[Path, typer.Argument(help="A recipe in conf/.")], set_: Sets = []) -> None:  # noqa: B006
+    """Write params.yaml from a recipe, for `dvc repro`."""
+    from pipelines import recipe as recipes
+
+    root = find_root()
+    with only_writer(root):
+        recipes.use(root, recipe, set_)
+
+
+@app.command()
+def stage(name: str) -> None:
+    """Run one stage on the artifacts that lie here, as dvc.yaml calls it."""
+    from pipelines.stages import run_stage
+
+    run_stage(find_root(), name)
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(help="python-docs, or a folder of .txt and .jsonl.")],
+    package: Annotated[str | None, typer.Option(help="python-docs: an installed package to learn from.")] = None,
+) -> None:
+    """Take a new data snapshot by hand. Recipes leave it in place until you take another."""
+    from pipelines import dvc, snapshot
+    from pipelines import recipe as recipes
+    from pipelines.console import say
+
+    root = find_root()
+    with only_writer(root):
+        inforce = dvc.read_yaml(root / "params.yaml") or recipes.compose(root, DEMO, [])
+        asked = {"source": source if source == "python-docs" else str(Path(source).resolve()), "package": package}
+        counts = snapshot.take(root, {**inforce["ingest"], **asked}, by="hand")
+        rows = ", ".join(f"{name.removesuffix('.rows')} {n:,.0f}" for name, n in counts.items() if ".rows" in name)
+        say(f"data.dvc names the new snapshot {dvc.data_version(root)}: {rows}")
+
+
+@app.command()
+def promote() -> None:
+    """Look at the gates again and, if every one holds, make the quantized model champion."""
+    from pipelines import dvc
+    from pipelines import promote as promotion
+    from pipelines.console import console, gate_table, say
+
+    root = find_root()
+    with only_writer(root):
+        gates = promotion.read_gates(root)[1]
+        console.print(gate_table(gates))
+        done = promotion.promote(root, dvc.read_yaml(root / "params.yaml"), {})
+        say(f"{done.name} version {done.version} is {done.alias}{'' if done.new else ', as before'}.")
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Stages fresh or stale and why, their metrics, and the ids in DVC, MLflow and Prefect."""
+    from pipelines import status as standing
+
+    standing.show_status(standing.status(find_root()), as_json)
+
+
+@app.command()
+def generate(
+    prompt: str,
+    model: Annotated[Path | None, typer.Option(help="A checkpoint folder; the champion by default.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    seed: int = 0,
+    lang: Annotated[str, typer.Option(help="Which prompt template: en or es.")] = "en",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a template.")] = False,
+) -> None:
+    """Let a model speak."""
+    from pipelines.generate import speak
+
+    print(speak(find_root(), prompt, model, max_tokens, temperature, seed, lang, raw))
+
+
+@app.command()
+def report(
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+    out: Annotated[Path, typer.Option(help="Where to write it.")] = Path("report.html"),
+) -> None:
+    """The last run as one self-contained HTML file."""
+    from pipelines.console import say
+    from pipelines.report import write
+
+    path = write(find_root(), out.resolve())
+    say(f"{path}")
+    if open_it:
+        typer.launch(path.as_uri())
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's pages.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's pages.")] = 5000,
+) -> None:
+    """Serve Prefect's and MLflow's pages for this checkout on 127.0.0.1, until Ctrl-C."""
+    from pipelines.ui import serve
+
+    serve(find_root(), prefect_port, mlflow_port)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The door: a user's mistake is one line on stderr and exit code 2, or the error's own; others keep a traceback."""
+    set_environment()
+    try:
+        if not any(a in ("--help", "-h") for a in sys.argv[1:]) and len(sys.argv) > 1:
+            run_code_of(find_root())
+        return app(arguments)
+    except ForjaError as e:
+        from pipelines.console import fail
+
+        fail(str(e))
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("forja: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""DVC, seen from forja: the graph in dvc.yaml, what dvc.lock says, and its commands as child processes."""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.artifact import ForjaError, digest, fingerprint
+from pipelines.identity import STAGES, code_hashes
+
+DVC = [sys.executable, "-m", "dvc"]
+FORJA = [sys.executable, "-m", "pipelines.cli"]
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; an absent file is an empty one. Raises ForjaError where it is not one."""
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.load(path.read_bytes(), Loader=Loader) or {}  # noqa: S506  # CSafeLoader
+    except yaml.YAMLError as e:
+        raise ForjaError(f"{path}: not YAML ({' '.join(str(e).split())}); mend it") from None
+    if not isinstance(value, dict):
+        raise ForjaError(f"{path}: a mapping is wanted; mend it")
+    return value
+
+
+def inputs_of(root: Path, stage: str) -> dict[str, Path]:
+    """{input's name: its folder}, the deps that dvc.yaml gives the stage."""
+    stages = read_yaml(root / "dvc.yaml").get("stages", {})
+    if stage not in STAGES or stage not in stages:
+        raise ForjaError(f"stage {stage}: there is no such stage; one of {', '.join(STAGES)}")
+    return {Path(dep).name: root / dep for dep in stages[stage].get("deps", [])}
+
+
+def identify(root: Path, stage: str, config: dict[str, Any], code: str) -> tuple[str, dict[str, str]]:
+    """The fingerprint that `stage` will have on the inputs that lie here, and the digests of these inputs."""
+    inputs = {name: digest(folder) for name, folder in inputs_of(root, stage).items()}
+    return fingerprint(stage, config, code, inputs), inputs
+
+
+def section(root: Path, name: str) -> dict[str, Any]:
+    """One section of params.yaml."""
+    params = read_yaml(root / "params.yaml")
+    if not params:
+        raise ForjaError("params.yaml: missing; write it with `forja use conf/demo.yaml`")
+    if not isinstance(params.get(name), dict):
+        raise ForjaError(f"params.yaml: no section {name}; write it again with `forja use RECIPE`")
+    return params[name]
+
+
+def data_version(root: Path) -> str | None:
+    """DVC's hash of the data snapshot, as data.dvc names it."""
+    outs = read_yaml(root / "data.dvc").get("outs", [])
+    return outs[0]["md5"] if outs else None
+
+
+def locked(root: Path) -> dict[str, Any]:
+    """{stage: its entry in dvc.lock}."""
+    return read_yaml(root / "dvc.lock").get("stages", {})
+
+
+def out_hash(root: Path, stage: str) -> str | None:
+    """DVC's hash of a stage's result, as dvc.lock names it."""
+    outs = locked(root).get(stage, {}).get("outs", [])
+    return outs[0]["md5"] if outs else None
+
+
+def lock_hash(root: Path) -> str | None:
+    """The identity of all results together: sha256 of dvc.lock."""
+    path = root / "dvc.lock"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def stale(root: Path, params: dict[str, Any]) -> dict[str, list[str]]:
+    """{stage: reasons why DVC would run it under `params`}, in the order of the chain; no reason means fresh.
+
+    Compares data.dvc, params, code and the hashes in dvc.lock; it does not look into the artifacts.
+    """
+    lock, code = locked(root), code_hashes(root)
+    graph = read_yaml(root / "dvc.yaml")["stages"]
+    now: dict[str, str | None] = {"data": data_version(root)}
+    found: dict[str, list[str]] = {}
+    for stage in STAGES:
+        entry = lock.get(stage)
+        if entry is None:
+            found[stage] = ["it has never run here"]
+            continue
+        reasons = [] if entry["cmd"] == graph[stage]["cmd"] else ["its command in dvc.yaml changed"]
+        if not (root / "artifacts" / stage / "record.json").is_file():
+            reasons.append(f"artifacts/{stage} is missing")
+        held = entry.get("params", {})
+        reasons += _changes(stage, held.get("params.yaml", {}).get(stage, {}), params[stage])
+        if held.get("code.yaml", {}).get(stage) != code[stage]:
+            reasons.append("its code changed")
+        for dep in entry.get("deps", []):
+            name = Path(dep["path"]).name
+            if found.get(name):
+                reasons.append(f"input {name} is made anew")
+            elif dep["md5"] != now.get(name):
+                reasons.append(f"input {name} changed")
+        now[stage] = entry["outs"][0]["md5"]
+        found[stage] = reasons
+    return found
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    """One line a differing leaf: `sft.lr: 0.001 -> 0.0001`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(k for k in old if k not in new)]
+        return [line for k in keys for line in _changes(f"{key}.{k}", old.get(k), new.get(k))]
+    return [] if old == new else [f"{key}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,100 @@
+"""The identity of code: for each stage, the modules its module reaches by imports, hashed without what a reader sees.
+
+Comments, docstrings and formatting do not count; a helper's change counts for every stage that reaches it. Nothing is
+imported: the modules are parsed. Imports inside functions count, as does `import_module("components...")` with its name
+written out.
+"""
+
+import ast
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from components.artifact import ForjaError, write_atomic
+
+MODULES = {
+    "ingest": "components.data.ingest",
+    "validate": "components.data.validate",
+    "tokenize": "components.data.tokenize",
+    "pretrain": "components.train.pretrain",
+    "sft": "components.train.sft",
+    "reward": "components.train.reward",
+    "ppo": "components.train.ppo",
+    "quantize": "components.release.quantize",
+    "evaluate": "components.release.evaluate",
+}
+STAGES = [name for name in MODULES if name != "ingest"]
+
+
+class Module(NamedTuple):
+    digest: str
+    imports: frozenset[str]
+
+
+def code_hashes(root: Path, package: str = "components") -> dict[str, str]:
+    """{stage: sha256 over its modules, in the order of their names}. Raises ForjaError where code does not parse."""
+    modules = {_name(root, p): p for p in sorted((root / package).rglob("*.py"))}
+    parsed = {name: _parse(path, name, set(modules)) for name, path in modules.items()}
+    return {stage: _hash(module, parsed) for stage, module in MODULES.items()}
+
+
+def write_code_yaml(root: Path) -> None:
+    """code.yaml: every stage's hash, read by DVC as a parameter. Untouched where nothing changed."""
+    text = yaml.safe_dump({stage: h for stage, h in code_hashes(root).items() if stage in STAGES}, sort_keys=True)
+    path = root / "code.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
+
+
+def _name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _parse(path: Path, name: str, known: set[str]) -> Module:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as e:
+        raise ForjaError(f"{path}:{e.lineno}: {e.msg}; mend the file") from None
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    imports: set[str] = set()
+    for node in ast.walk(tree):
+        for target in _targets(node, package):
+            parts = target.split(".")
+            imports |= {p for i in range(len(parts)) if (p := ".".join(parts[: i + 1])) in known}
+        _drop_strings(node)
+    return Module(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imports))
+
+
+def _targets(node: ast.AST, package: str) -> list[str]:
+    """The dotted names that one node imports; `from a import b` may mean the module a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        base = ".".join([*up, *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return [str(node.args[0].value)] if called == "import_module" else []
+    return []
+
+
+def _drop_strings(node: ast.AST) -> None:
+    """Take docstrings, and any other string that stands alone as a statement, out of a body."""
+    body = getattr(node, "body", None)
+    if isinstance(body, list):
+        kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+        node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+
+
+def _hash(module: str, parsed: dict[str, Module]) -> str:
+    parts = module.split(".")
+    reached: set[str] = set()
+    new = {".".join(parts[: i + 1]) for i in range(len(parts))} & set(parsed)
+    while new:
+        reached |= new
+        new = set().union(*(parsed[name].imports for name in new)) - reached
+    return hashlib.sha256("".join(f"{name} {parsed[name].digest}\n" for name in sorted(reached)).encode()).hexdigest()

@@ -1,0 +1,37 @@
+"""What MLflow loads for a registered model: code that reads a checkpoint folder of safetensors; no pickle."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc import PythonModel
+
+
+class Assistant(PythonModel):
+    """Answers each prompt as one turn of a user; params: lang, max_new_tokens, temperature, seed."""
+
+    def load_context(self, context: Any) -> None:
+        from components.model.checkpoint import load
+
+        self.checkpoint = load(Path(context.artifacts["model"]))
+
+    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+        from components.data.chat import END, answer_text, encode_prompt, special
+        from components.model.generate import generate
+
+        model, tokenizer, prompts = self.checkpoint
+        wanted = {"lang": "en", "max_new_tokens": 128, "temperature": 0.0, "seed": 0, **(params or {})}
+        turns = [{"messages": [{"role": "user", "content": text}], "lang": wanted["lang"]} for text in model_input]
+        ids = [encode_prompt(tokenizer, turn["messages"], prompts[turn["lang"]]) for turn in turns]
+        new = generate(
+            model,
+            ids,
+            max_new_tokens=int(wanted["max_new_tokens"]),
+            stop=special(tokenizer, END),
+            temperature=float(wanted["temperature"]),
+            seed=int(wanted["seed"]),
+        )
+        return [answer_text(tokenizer, tokens) for tokens in new]
+
+
+mlflow.models.set_model(Assistant())

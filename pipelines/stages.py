@@ -1,0 +1,171 @@
+"""The runner: one stage, from verified inputs to a sealed folder. `forja stage NAME`, as dvc.yaml calls it.
+
+What a stage learns goes into its artifact; when and how fast it went goes to .forja/stages/<stage>-<fingerprint>/:
+spool.jsonl, one row a call of `log`, and run.json. The tracker reads both, in another process or another day.
+"""
+
+import importlib
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from components.artifact import ForjaError, building, read_record, to_json, write_atomic, write_record
+from components.log import Log, Metrics, lasting, silent
+from pipelines import dvc
+from pipelines.checkout import home
+from pipelines.child import die_with_parent
+from pipelines.console import stage_progress
+from pipelines.identity import MODULES, code_hashes, write_code_yaml
+from pipelines.recipe import complaints
+
+Row = dict[str, float]
+
+
+def run_stage(root: Path, name: str) -> None:
+    """Run one stage, or `code`. Raises ForjaError for what the user can mend; other errors keep their traceback."""
+    die_with_parent(0 if "DVC_STAGE" in os.environ and os.getppid() == 1 else os.getppid())
+    if name == "code":
+        write_code_yaml(root)
+        return
+    if name == "ingest":
+        from pipelines.snapshot import fetch_or_ingest  # it logs as a stage does, by this module
+
+        fetch_or_ingest(root, dvc.section(root, name))
+        return
+    folders = dvc.inputs_of(root, name)
+    module = importlib.import_module(MODULES[name])
+    try:
+        cfg = module.Config.model_validate(dvc.section(root, name))
+    except ValidationError as e:
+        raise ForjaError("\n".join(f"params.yaml: {c}" for c in complaints(e, name, module.Config))) from None
+    for folder in folders.values():
+        read_record(folder)
+    config = cfg.model_dump(mode="json")
+    code = code_hashes(root)[name]
+    mark, inputs = dvc.identify(root, name, config, code)
+    scratch = root / "scratch" / f"{name}-{mark}"
+    diary = diary_of(root, name, mark)
+    open_diary(diary, name, mark, resumed=scratch.is_dir() and any(scratch.iterdir()))
+    scratch.mkdir(parents=True, exist_ok=True)
+    out = root / "artifacts" / name
+    arguments = {**folders, **({"scratch": scratch} if takes_scratch(module) else {})}
+    try:
+        with building(out) as temporary, logging_to(diary, name) as log:
+            metrics = module.run(cfg, **arguments, out=temporary, log=log)
+            if rows := curves(diary):
+                text = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+                (temporary / "curves.jsonl").write_text(text, encoding="utf-8")
+            (temporary / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
+            write_record(temporary, name, config=config, code=code, inputs=inputs, metrics=metrics)
+    except BaseException as e:
+        reason = str(e) if isinstance(e, ForjaError) else f"{type(e).__name__}: {e}"
+        close_diary(diary, "failed", reason=reason, exit_code=getattr(e, "exit_code", 1))
+        raise
+    write_atomic(diary / "record.json", (out / "record.json").read_text(encoding="utf-8"))
+    close_diary(diary, "finished")
+    shutil.rmtree(scratch)
+
+
+def takes_scratch(module: Any) -> bool:
+    return "scratch" in module.run.__annotations__
+
+
+def diary_of(root: Path, stage: str, mark: str) -> Path:
+    """Where the times, rates and tracker ids of the result with fingerprint `mark` are kept."""
+    return home(root) / "stages" / f"{stage}-{mark}"
+
+
+def read_run(diary: Path) -> dict[str, Any]:
+    """run.json, or an empty mapping where there is none."""
+    with suppress(FileNotFoundError):
+        run: dict[str, Any] = json.loads((diary / "run.json").read_bytes())
+        return run
+    return {}
+
+
+def update_run(diary: Path, **changes: Any) -> None:
+    """Change fields of run.json, whole or not at all."""
+    write_atomic(diary / "run.json", to_json({**read_run(diary), **changes}))
+
+
+def open_diary(diary: Path, stage: str, mark: str, resumed: bool) -> None:
+    """Begin run.json. A run that starts afresh starts an empty spool; a resumed one goes on with it."""
+    diary.mkdir(parents=True, exist_ok=True)
+    if not resumed:
+        (diary / "spool.jsonl").unlink(missing_ok=True)
+    run = {
+        "stage": stage,
+        "fingerprint": mark,
+        "started": time.time(),
+        "ended": None,
+        "seconds": None,
+        "peak_memory_mb": None,
+        "status": "running",
+        "pid": os.getpid(),
+        "attempt": os.environ.get("FORJA_ATTEMPT"),
+        "prefect_flow_run_id": os.environ.get("FORJA_FLOW_RUN"),
+        "prefect_task_run_id": os.environ.get("FORJA_TASK_RUN"),
+        "mlflow_run_id": None,
+        "reported": False,
+    }
+    write_atomic(diary / "run.json", to_json(run))
+
+
+def close_diary(diary: Path, status: str, **more: Any) -> None:
+    """End run.json: how long it took, and the most memory that this process or a child of it held."""
+    run = read_run(diary)
+    kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    ended = time.time()
+    seconds = ended - run["started"]
+    update_run(diary, status=status, ended=ended, seconds=seconds, peak_memory_mb=kilobytes / 1024, **more)
+
+
+@contextmanager
+def logging_to(diary: Path, stage: str) -> Iterator[Log]:
+    """A log that appends to the spool and shows progress; the no-op on ranks other than 0."""
+    if os.environ.get("RANK", "0") != "0":
+        yield silent
+        return
+    with (diary / "spool.jsonl").open("a", encoding="utf-8", buffering=1) as spool, stage_progress(stage) as show:
+        if spool.tell():
+            spool.write("\n")  # a row cut by a crash must not swallow the next one
+
+        def log(metrics: Metrics, step: int) -> None:
+            row = {"t": time.time(), "step": step, **{k: float(v) for k, v in metrics.items()}}
+            spool.write(json.dumps(row, sort_keys=True) + "\n")
+            show(metrics, step)
+
+        yield log
+
+
+def read_spool(diary: Path, offset: int = 0) -> tuple[list[Row], int]:
+    """The whole rows after byte `offset`, and the offset after them. A row cut by a crash is passed over."""
+    with suppress(FileNotFoundError), (diary / "spool.jsonl").open("rb") as f:
+        f.seek(offset)
+        whole, _, _ = f.read().rpartition(b"\n")
+        rows = []
+        for line in whole.split(b"\n") if whole else []:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows, offset + len(whole) + bool(whole)
+    return [], offset
+
+
+def curves(diary: Path) -> list[Row]:
+    """The spool's lasting metrics, one row a step in the order of steps; what a resumed run said last holds."""
+    merged: dict[float, Row] = {}
+    for row in read_spool(diary)[0]:
+        step = row.pop("step")
+        del row["t"]
+        if kept := {k: v for k, v in lasting(row).items() if math.isfinite(v)}:
+            merged.setdefault(step, {"step": step}).update(kept)
+    return [merged[step] for step in sorted(merged)]
