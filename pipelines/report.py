@@ -1,0 +1,279 @@
+"""The last run as one HTML file that opens without network: no script, no font, no image to load.
+
+What is read is what the stages and the runner wrote: artifacts/<stage>/, dvc.lock, data.dvc, params.yaml, .forja/. Each
+section reads its own files and names those that are missing or damaged, with the mend, as its gaps: a run that ended
+early still has a report.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from components.artifact import Record, write_atomic
+from components.release.gates import Verdict
+from pipelines import report_sources as sources
+from pipelines.charts import Edge, Node, Series, bar, line_chart, lineage_chart, number
+from pipelines.identity import STAGES
+from pipelines.report_sources import Numbers, read, read_rows, read_yaml
+
+Section = dict[str, Any]  # what the template shows under one heading; "gaps" lists what is missing
+
+# Charts: title, what it means, and the keys of curves.jsonl with the names they go by.
+TRAININGS = {
+    "pretrain": [("Pretrain · loss", "Nats a token of the corpus.", {"loss": "train", "val_loss": "val"})],
+    "sft": [("SFT · loss", "Nats a token of the answer alone.", {"loss": "train", "val_loss": "val"})],
+    "reward": [
+        ("Reward model · loss", "Bradley-Terry, nats a pair; 0.69 is a coin.", {"loss": "train", "val_loss": "val"}),
+        ("Reward model · accuracy", "Share of pairs put right.", {"accuracy": "train", "val_accuracy": "val"}),
+    ],
+    "ppo": [
+        ("PPO · policy loss", "The clipped surrogate; it stays near 0 by design.", {"policy_loss": "policy"}),
+        ("PPO · value loss", "Squared error of the value model.", {"value_loss": "value"}),
+    ],
+}
+PPO = [
+    ("Reward", "Mean score of the answers by the reward model.", {"reward": "train", "val_reward": "val"}),
+    ("KL", "Distance from the SFT model.", {"kl": "KL"}),
+    ("Entropy", "Nats a token: how open the policy still is.", {"entropy": "entropy"}),
+    ("Length", "Tokens an answer.", {"length": "length"}),
+    ("Clip fraction", "Share of tokens whose ratio left the clip range.", {"clip_fraction": "clipped"}),
+    ("Explained variance", "Of the returns, by the value model; 1 is perfect.", {"explained_variance": "explained"}),
+]
+GATES, MEASURED, SIZES = (
+    "artifacts/evaluate/gates.json",
+    "artifacts/evaluate/metrics.json",
+    "artifacts/quantize/metrics.json",
+)
+MODELS = ("xz", "pretrain", "sft", "ppo", "int8", "int4")
+
+
+def write(root: Path, out: Path) -> Path:
+    """Write the report of the checkout `root` to the file `out`, and return `out`."""
+    environment = Environment(loader=PackageLoader("pipelines"), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {
+        "number": number,
+        "size": sources.size,
+        "duration": sources.duration,
+        "visible": sources.visible,
+    }
+    base = Path(os.path.relpath(root.resolve(), out.resolve().parent)).as_posix()
+    environment.globals |= {"bar": bar, "base": base}
+    sections = (head, gates, training, ppo, samples, funnel, quality, lineage, cost, recipe)
+    page = environment.get_template("report.html.j2").render({section.__name__: section(root) for section in sections})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page)
+    return out
+
+
+def head(root: Path) -> Section:
+    """What a reader wants first: may this model be used, which is it, from which data and recipe, since when."""
+    gaps: list[str] = []
+    run_id, run = sources.last_run(root, gaps)
+    judged = read(root, GATES, Verdict, [])
+    measured = read(root, MEASURED, Numbers, []) or {}
+    small = read(root, SIZES, Numbers, []) or {}
+    params = read_yaml(root, "params.yaml", gaps)
+    promote = params.get("promote")
+    facts = {
+        "Gates held": f"{sum(g.passed for g in judged.gates)} of {len(judged.gates)}" if judged else "–",
+        "Bits per byte": number(measured.get("pretrain.bits_per_byte")),
+        "Pairs put right": sources.percent(measured.get("reward.accuracy")),
+        "Reward gained by PPO": number(measured.get("ppo.gain"), 3),
+        "int8 weights": sources.size(small.get("int8.bytes")),
+        "The run took": sources.duration(run.ended - run.started if run.ended and run.started else None),
+    }
+    return {
+        "verdict": run.verdict or (judged.verdict if judged else None),
+        "version": run.model_version,
+        "registered": promote if isinstance(promote, dict) else {},
+        "recipe": run.recipe or params.get("recipe"),
+        "data": sources.md5(read_yaml(root, "data.dvc", gaps).get("outs")),
+        "when": sources.moment(run.ended or run.started),
+        "run_id": run_id,
+        "facts": {name: fact for name, fact in facts.items() if fact != "–"},
+        "gaps": gaps,
+    }
+
+
+def gates(root: Path) -> Section:
+    gaps: list[str] = []
+    return {"judged": read(root, GATES, Verdict, gaps), "gaps": gaps}
+
+
+def training(root: Path) -> Section:
+    """The loss of the four trainings by step."""
+    gaps: list[str] = []
+    rows = {stage: read_rows(root, f"artifacts/{stage}/curves.jsonl", Numbers, gaps) for stage in TRAININGS}
+    charts = [chart(rows[stage], *spec) for stage, specs in TRAININGS.items() if rows[stage] for spec in specs]
+    return {"charts": charts, "gaps": gaps}
+
+
+def ppo(root: Path) -> Section:
+    gaps: list[str] = []
+    rows = read_rows(root, "artifacts/ppo/curves.jsonl", Numbers, gaps)
+    return {"charts": [chart(rows, *spec) for spec in PPO if rows], "gaps": gaps}
+
+
+def chart(rows: list[Numbers], title: str, note: str, keys: Mapping[str, str]) -> Markup:
+    """A line chart of some keys of the curves; a row without a key has no point on its line."""
+
+    def points(key: str) -> list[tuple[float, float]]:
+        return [(x, y) for r in rows if (x := r.get("step")) is not None and (y := r.get(key)) is not None]
+
+    return line_chart(title, [Series(name, points(key)) for key, name in keys.items()], note)
+
+
+def samples(root: Path) -> Section:
+    """For each prompt what the stages answer, side by side, and apart from them what only one stage was asked."""
+    gaps: list[str] = []
+    asked: dict[str, Section] = {}
+
+    def put(prompt: str, reference: str | None, texts: Mapping[str, str | None]) -> None:
+        entry = asked.setdefault(prompt, {"prompt": prompt, "reference": None, "texts": {}})
+        entry["texts"] = {stage: text for stage, text in texts.items() if text is not None} | entry["texts"]
+        entry["reference"] = entry["reference"] or reference
+
+    for stage in ("pretrain", "sft", "ppo"):
+        for row in read_rows(root, f"artifacts/{stage}/samples.jsonl", sources.Sample, gaps):
+            put(row.prompt, row.reference, {stage: row.text})
+    judged = read_rows(root, "artifacts/evaluate/rows.jsonl", sources.Row, gaps)
+    for answers in judged:
+        if answers.part == "quality":
+            put(answers.prompt, answers.reference, {s: getattr(answers, s) for s in ("pretrain", "sft", "ppo")})
+    shared = sorted((e for e in asked.values() if len(e["texts"]) > 1), key=lambda e: -len(e["texts"]))
+    alone = [e for e in asked.values() if len(e["texts"]) == 1]
+    return {"shared": shared, "alone": alone, "scored": [r for r in judged if r.part == "gain"], "gaps": gaps}
+
+
+def funnel(root: Path) -> Section:
+    """How many rows came in, which were turned away and why, and where the kept ones come from."""
+    gaps: list[str] = []
+    tables = read(root, "artifacts/validate/funnel.json", dict[str, sources.Table], gaps) or {}
+    docs = "artifacts/validate/docs/index.html"
+    if not (root / docs).is_file():
+        gaps.append(f"{docs}: not made yet; run `forja run`")
+    return {
+        "tables": tables,
+        "sources": sources.total(t.sources for t in tables.values()),
+        "licences": sources.total(t.licences for t in tables.values()),
+        "docs": docs if (root / docs).is_file() else None,
+        "gaps": gaps,
+    }
+
+
+def quality(root: Path) -> Section:
+    """Measures by model, the measures that have no model, and the quantized files."""
+    gaps: list[str] = []
+    measured = read(root, MEASURED, Numbers, gaps) or {}
+    sizes = read(root, SIZES, Numbers, gaps) or {}
+    table: dict[str, dict[str, tuple[str, str]]] = {}
+    other: dict[str, tuple[str, str]] = {}
+    for key, value in sorted(measured.items()):
+        owned = key if key.partition(".")[0] not in ("choice", "bias") else f"ppo.{key}"  # both are asked of the policy
+        model, _, measure = owned.partition(".")
+        if measure.rpartition(".")[2] in ("low", "high", "n") or measure.endswith("_ratio"):
+            continue
+        said = (number(value), sources.interval(measured, key))
+        if model in MODELS:
+            table.setdefault(measure, {})[model] = said
+        else:
+            other[key] = said
+    files = [
+        {
+            "name": name,
+            "bytes": sizes.get(f"{name}.bytes"),
+            "bytes_ratio": sizes.get(f"{name}.bytes_ratio"),
+            "bits": sizes.get(f"{name}.bits_per_weight"),
+            "error": sizes.get(f"{name}.weight_error.torchao"),
+            "bits_per_byte": measured.get(f"{'ppo' if name == 'full' else name}.bits_per_byte"),
+            "bits_per_byte_ratio": measured.get(f"{name}.bits_per_byte_ratio"),
+        }
+        for name in ("full", "int8", "int4")
+        if f"{name}.bytes" in sizes
+    ]
+    models = [m for m in MODELS if any(m in row for row in table.values())]
+    return {"models": models, "table": table, "other": other, "files": files, "gaps": gaps}
+
+
+def lineage(root: Path) -> Section:
+    """From the data version to the model version: what went into what, and every identity on the way.
+
+    An edge is true while its source is still what the target was made from.
+    """
+    gaps: list[str] = []
+    run_id, run = sources.last_run(root, [])
+    lock = read_yaml(root, "dvc.lock", gaps).get("stages")
+    locked = lock if isinstance(lock, dict) else {}
+    names = ["data", *STAGES, "model"]
+    rows: list[dict[str, str | None]] = [
+        {"name": "data", "dvc": sources.md5(read_yaml(root, "data.dvc", []).get("outs"))}
+    ]
+    edges: list[Edge] = []
+    for target, stage in enumerate(STAGES, start=1):
+        record = read(root, f"artifacts/{stage}/record.json", Record, gaps)
+        went = sources.stage_run(root, stage, record, gaps)
+        entry = locked.get(stage)
+        rows.append(
+            {
+                "name": stage,
+                "dvc": sources.md5(entry.get("outs")) if isinstance(entry, dict) else None,
+                "fingerprint": record.fingerprint if record else None,
+                "mlflow": went.mlflow_run_id,
+                "prefect": went.prefect_flow_run_id,
+            }
+        )
+        for name, recorded in (record.inputs if record else {}).items():
+            if name in names[:target]:
+                folder = root / "data" if name == "data" else root / "artifacts" / name
+                edges.append(Edge(names.index(name), target, sources.same(folder, recorded)))
+    promoted = run.model_version is not None
+    rows.append({"name": "model", "version": f"version {run.model_version}" if promoted else None})
+    if promoted:
+        edges += [Edge(names.index(stage), len(names) - 1, True) for stage in ("quantize", "evaluate")]
+    nodes = [Node(str(row["name"]), _identities(row), any(v for k, v in row.items() if k != "name")) for row in rows]
+    return {"picture": lineage_chart(nodes, edges), "rows": rows, "run_id": run_id, "gaps": gaps}
+
+
+def _identities(row: Mapping[str, str | None]) -> str:
+    said = [f"{key} {value[:12]}" for key, value in row.items() if value and key not in ("name", "prefect", "version")]
+    return "   ".join([row.get("version") or "", *said]).strip() or "not made yet"
+
+
+def cost(root: Path) -> Section:
+    """Seconds and memory of each stage: what this run spent, and what its result cost when it was made."""
+    gaps: list[str] = []
+    _, run = sources.last_run(root, [])
+    states = {stage.name: stage for stage in run.stages}
+    rows = []
+    for name in STAGES:
+        record = read(root, f"artifacts/{name}/record.json", Record, [])
+        went = sources.stage_run(root, name, record, gaps)
+        state = states.get(name)
+        rows.append(
+            {
+                "name": name,
+                "state": state.state if state else None,
+                "run": state.seconds if state else None,
+                "seconds": went.seconds,
+                "memory": went.peak_memory_mb * 2**20 if went.peak_memory_mb is not None else None,
+            }
+        )
+    return {
+        "rows": rows,
+        "total": sum(r["seconds"] or 0 for r in rows),
+        "slowest": max((r["seconds"] or 0 for r in rows), default=0),
+        "largest": max((r["memory"] or 0 for r in rows), default=0),
+        "gaps": gaps,
+    }
+
+
+def recipe(root: Path) -> Section:
+    """params.yaml as it stands."""
+    path = root / "params.yaml"
+    if not path.is_file():
+        return {"text": None, "gaps": ["params.yaml: not made yet; run `forja use conf/demo.yaml`"]}
+    return {"text": path.read_text(encoding="utf-8", errors="replace"), "gaps": []}
