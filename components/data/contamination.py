@@ -27,10 +27,10 @@ class Overlap(NamedTuple):
 
 
 class Contaminated(NamedTuple):
-    """Row number `index` of `table` holds words of the held-out row `held`."""
+    """Row number `row` of `table` holds words of the held-out row `held`."""
 
     table: str
-    index: int
+    row: int
     held: str
     phrase: str
 

@@ -64,7 +64,7 @@ def python_docs(package: str | None) -> tuple[Origin, list[Doc], int]:
     *rows, last = _collect(package)
     if not rows:
         raise ForjaError(f"package: {package} has no docstrings; choose a package written in documented Python")
-    docs = [_doc(row) for row in rows]
+    docs = [_doc(row) for row in rows if " " in row["doc"]]  # the docstring of ast.Add is "Add"
     first: dict[str, str] = {}
     for doc in docs:  # sorted by name within a module: the first of a group lends it its name
         first.setdefault(_group_key(doc), doc.name)
