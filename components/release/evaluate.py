@@ -65,7 +65,8 @@ def run(
     small = {"int8": quantize / "int8", "int4": quantize / "int4"}
     parts: list[Callable[[], Found]] = [
         lambda: compression({"pretrain": base, "sft": tuned, "ppo": policy}, tokenize),
-        lambda: quantized(small, ppo, tokenize),
+        lambda: compression({name: load(folder) for name, folder in small.items()}, tokenize),
+        lambda: sizes(small, ppo),
         lambda: choices(cfg, {"pretrain.choice": base, "choice": policy}, policy.prompts, validate),
         lambda: quality(cfg, {"sft": tuned, "ppo": policy}, validate),
         lambda: bias(cfg, policy),
@@ -91,23 +92,20 @@ def run(
 
 
 def compression(models: dict[str, Checkpoint], tokenize: Path) -> Found:
-    """Bits per byte of the whole test text, by every model and by xz -9."""
+    """Bits per byte of the whole test text, by each model and by xz -9."""
     text = (tokenize / "test.txt").read_bytes()
     documents = np.fromfile(tokenize / "test.bin", dtype=np.uint16).tolist()
-    metrics = {
-        f"{name}.bits_per_byte": text_bits_per_byte(c.model, documents, len(text), special(c.tokenizer, SEPARATOR))
-        for name, c in models.items()
-    }
-    return metrics | {"xz.bits_per_byte": xz_bits_per_byte(text)}, []
-
-
-def quantized(folders: dict[str, Path], full: Path, tokenize: Path) -> Found:
-    """The quantized models as they lie in their files: bits per byte, and bytes against the full model's file."""
-    metrics: dict[str, float] = {}
-    for name, folder in folders.items():
-        metrics[f"{name}.bytes_ratio"] = (folder / WEIGHTS).stat().st_size / (full / WEIGHTS).stat().st_size
-        metrics |= compression({name: load(folder)}, tokenize)[0]
+    metrics = {"xz.bits_per_byte": xz_bits_per_byte(text)}
+    for name, (model, tokenizer, _) in models.items():
+        separator = special(tokenizer, SEPARATOR)
+        metrics[f"{name}.bits_per_byte"] = text_bits_per_byte(model, documents, len(text), separator)
     return metrics, []
+
+
+def sizes(small: dict[str, Path], full: Path) -> Found:
+    """The bytes of each quantized model's file against those of the full model's."""
+    whole = (full / WEIGHTS).stat().st_size
+    return {f"{name}.bytes_ratio": (folder / WEIGHTS).stat().st_size / whole for name, folder in small.items()}, []
 
 
 def choices(cfg: Config, models: dict[str, Checkpoint], prompts: dict[str, Any], validate: Path) -> Found:

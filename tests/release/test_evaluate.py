@@ -40,8 +40,7 @@ def write_tables(folder, leak=False):
     call = {"name": "calculate", "arguments": {"expression": "2 * 3"}}
     # Words apart from row to row, so that only the row that leaks on purpose shares a run of words with another.
     texts = [
-        " ".join(f"{word}{i}" for word in ("alpha", "beta", "gamma", "delta", "it", "is", "so", "and", "thus"))
-        for i in range(16)
+        " ".join(f"{word}{i}" for word in ("al", "be", "ga", "de", "it", "is", "so", "an", "th")) for i in range(16)
     ]
     tables = {name: [] for name in ("corpus", "instructions", "preferences", "prompts", "eval")}
     for i, text in enumerate(texts):
