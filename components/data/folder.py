@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from components.artifact import ForjaError
+from components.data.rules import Row, Unfit, parse
 from components.data.sources import chunks, split_of
 
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 LAYOUT = "corpus/*.txt or *.jsonl, and optionally instructions/, preferences/, prompts/ and eval/ with *.jsonl"
 WHOLE_CHARS = 20_000  # a longer text is cut between paragraphs into documents of
 CHUNK_CHARS = 3000
-
-Row = dict[str, Any]
 
 
 def read_folder(source: str, out: Path) -> dict[str, float]:
@@ -35,7 +34,7 @@ def read_folder(source: str, out: Path) -> dict[str, float]:
         n = 0
         for path in files:
             name = path.relative_to(root).as_posix()
-            target = out / table / f"{path.relative_to(root / table).as_posix().replace('/', '__')}"
+            target = out / name
             if path.suffix == ".jsonl":
                 n += _write(target, (_filled(table, name, i, line) for i, line in _lines(path)))
             elif path.suffix == ".txt" and table == "corpus":
@@ -60,44 +59,31 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _documents(name: str, path: Path) -> Iterator[bytes]:
-    """The rows of a text file: the whole, or pieces cut between paragraphs. Bytes that are no UTF-8 become U+FFFD,
-    which `validate` rejects."""
+    """The rows of a text file: the whole, or pieces cut between paragraphs, each with a split of its own. Bytes that
+    are no UTF-8 become U+FFFD, which `validate` rejects."""
     text = path.read_bytes().decode("utf-8", errors="replace").removeprefix("\ufeff").replace("\r\n", "\n").strip()
-    for i, piece in enumerate(chunks(text, CHUNK_CHARS) if len(text) > WHOLE_CHARS else [text]):
-        yield _line({"text": piece} | _missing({}, name, i + 1, group=name))
+    pieces = chunks(text, CHUNK_CHARS) if len(text) > WHOLE_CHARS else [text]
+    for i, piece in enumerate(pieces, start=1):
+        group = name if len(pieces) == 1 else f"{name}:{i}"
+        yield _line({"text": piece} | _missing({}, name, i, group))
 
 
 def _filled(table: str, name: str, number: int, line: bytes) -> bytes:
-    """`line` with its missing fields, or as it stands when it is no JSON object or has them all."""
+    """`line` with its missing fields, or as it stands when it is no sound JSON object or has them all."""
     try:
-        row = json.loads(line, parse_constant=_refuse, object_pairs_hook=_pairs)
-    except (ValueError, RecursionError):
-        return line
-    if not isinstance(row, dict):
+        row = parse(line)
+    except Unfit:
         return line
     whole = _long_form(table, row)
     filled = whole | _missing(whole, name, number, group=_subject(table, whole) or f"{name}:{number}")
-    try:
-        return line if filled == row else _line(filled)
-    except UnicodeEncodeError:  # a lone surrogate
-        return line
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> Row:
-    if len({k for k, _ in pairs}) < len(pairs):
-        raise ValueError("duplicate key")
-    return dict(pairs)
+    return line if filled == row else _line(filled)
 
 
 def _line(row: Row) -> bytes:
     return json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
 
 
-def _missing(row: Row, name: str, number: int, group: str) -> Row:
+def _missing(row: Row, name: str, number: int, group: str) -> dict[str, Any]:
     group = row["object"] if isinstance(row.get("object"), str) and row["object"] else group
     defaults = {
         "id": f"{name}:{number}",
@@ -111,7 +97,7 @@ def _missing(row: Row, name: str, number: int, group: str) -> Row:
     return {k: v for k, v in defaults.items() if k not in row}
 
 
-def _long_form(table: str, row: Row) -> Row:
+def _long_form(table: str, row: Row) -> dict[str, Any]:
     """The row with {"instruction", "response"} or {"prompt", "chosen", "rejected"} as messages."""
     row = dict(row)
     if "messages" not in row and table != "corpus":
@@ -130,11 +116,8 @@ def _long_form(table: str, row: Row) -> Row:
 
 
 def _subject(table: str, row: Row) -> str:
-    """What a bare row is about, so that a question stays in one split over the tables: its first user turn."""
+    """What a bare row is about, so that a question stays in one split over the tables: its first turn, or ""."""
     messages = row.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-        content = messages[0].get("content")
-        return content if isinstance(content, str) else ""
-    key = {"corpus": "text", "eval": "question"}.get(table, "")
-    value = row.get(key)
-    return value if isinstance(value, str) and table == "eval" else ""
+    first = messages[0] if isinstance(messages, list) and messages else {}
+    text = row.get("question") if table == "eval" else first.get("content") if isinstance(first, dict) else ""
+    return text if isinstance(text, str) else ""
