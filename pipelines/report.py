@@ -15,11 +15,13 @@ from markupsafe import Markup
 
 from components.artifact import Record, write_atomic
 from components.release.gates import Verdict
+from pipelines import dvc
 from pipelines import report_sources as sources
 from pipelines.charts import Edge, Node, Series, bar, line_chart, lineage_chart, number
 from pipelines.identity import STAGES
 from pipelines.report_sources import Numbers, read, read_rows, read_yaml
 
+Identities = dict[str, str | None]
 Section = dict[str, Any]  # what the template shows under one heading; "gaps" lists what is missing
 
 # Charts: title, what it means, and the keys of curves.jsonl with the names they go by.
@@ -72,7 +74,7 @@ def write(root: Path, out: Path) -> Path:
 def head(root: Path) -> Section:
     """What a reader wants first: may this model be used, which is it, from which data and recipe, since when."""
     gaps: list[str] = []
-    run_id, run = sources.last_run(root, gaps)
+    _, run = sources.last_run(root, gaps)
     judged = read(root, GATES, Verdict, [])
     measured = read(root, MEASURED, Numbers, []) or {}
     small = read(root, SIZES, Numbers, []) or {}
@@ -86,14 +88,16 @@ def head(root: Path) -> Section:
         "int8 weights": sources.size(small.get("int8.bytes")),
         "The run took": sources.duration(run.ended - run.started if run.ended and run.started else None),
     }
+    if run.dvc_lock and run.dvc_lock != dvc.lock_hash(root):
+        gaps.append("dvc.lock: changed since the last `forja run`, whose verdict this is; run it again")
     return {
         "verdict": run.verdict or (judged.verdict if judged else None),
+        "reason": run.reason,
         "version": run.model_version,
         "registered": promote if isinstance(promote, dict) else {},
         "recipe": run.recipe or params.get("recipe"),
-        "data": sources.md5(read_yaml(root, "data.dvc", gaps).get("outs")),
+        "data": sources.data_version(root, gaps),
         "when": sources.moment(run.ended or run.started),
-        "run_id": run_id,
         "facts": {name: fact for name, fact in facts.items() if fact != "–"},
         "gaps": gaps,
     }
@@ -207,66 +211,50 @@ def lineage(root: Path) -> Section:
     gaps: list[str] = []
     run_id, run = sources.last_run(root, [])
     lock = read_yaml(root, "dvc.lock", gaps).get("stages")
-    locked = lock if isinstance(lock, dict) else {}
+    entries = lock if isinstance(lock, dict) else {}
     names = ["data", *STAGES, "model"]
-    rows: list[dict[str, str | None]] = [
-        {"name": "data", "dvc": sources.md5(read_yaml(root, "data.dvc", []).get("outs"))}
-    ]
+    rows: list[Identities] = []
     edges: list[Edge] = []
-    for target, stage in enumerate(STAGES, start=1):
-        record = read(root, f"artifacts/{stage}/record.json", Record, gaps)
-        went = sources.stage_run(root, stage, record, gaps)
-        entry = locked.get(stage)
-        rows.append(
-            {
-                "name": stage,
-                "dvc": sources.md5(entry.get("outs")) if isinstance(entry, dict) else None,
-                "fingerprint": record.fingerprint if record else None,
-                "mlflow": went.mlflow_run_id,
-                "prefect": went.prefect_flow_run_id,
-            }
-        )
+    for target, stage in enumerate(names[:-1]):
+        record = read(root, f"{sources.folder_of(stage)}/record.json", Record, gaps)
+        made = sources.stage_run(root, "ingest" if stage == "data" else stage, record, gaps)
+        entry = entries.get(stage)
+        locked = sources.md5(entry.get("outs")) if isinstance(entry, dict) else None
+        row = {"dvc": sources.data_version(root, []) if stage == "data" else locked}
+        row |= {"fingerprint": record.fingerprint if record else None, "mlflow": made.mlflow_run_id}
+        rows.append({"name": stage, **row, "prefect": made.prefect_flow_run_id})
         for name, recorded in (record.inputs if record else {}).items():
             if name in names[:target]:
-                folder = root / "data" if name == "data" else root / "artifacts" / name
-                edges.append(Edge(names.index(name), target, sources.same(folder, recorded)))
-    promoted = run.model_version is not None
-    rows.append({"name": "model", "version": f"version {run.model_version}" if promoted else None})
-    if promoted:
+                same = sources.same(root / sources.folder_of(name), recorded)
+                edges.append(Edge(names.index(name), target, same))
+    rows.append({"name": "model", "version": str(run.model_version) if run.model_version is not None else None})
+    if run.model_version is not None:
         edges += [Edge(names.index(stage), len(names) - 1, True) for stage in ("quantize", "evaluate")]
-    nodes = [Node(str(row["name"]), _identities(row), any(v for k, v in row.items() if k != "name")) for row in rows]
-    return {"picture": lineage_chart(nodes, edges), "rows": rows, "run_id": run_id, "gaps": gaps}
+    picture = lineage_chart([_node(row) for row in rows], edges)
+    return {"picture": picture, "rows": rows, "run_id": run_id, "mlflow": run.mlflow_run_id, "gaps": gaps}
 
 
-def _identities(row: Mapping[str, str | None]) -> str:
-    said = [f"{key} {value[:12]}" for key, value in row.items() if value and key not in ("name", "prefect", "version")]
-    return "   ".join([row.get("version") or "", *said]).strip() or "not made yet"
+def _node(row: Identities) -> Node:
+    shown = [f"{key} {row[key]:.16}" for key in ("dvc", "fingerprint", "mlflow", "version") if row.get(key)]
+    return Node(str(row["name"]), "   ".join(shown) or "not made yet", bool(shown))
 
 
 def cost(root: Path) -> Section:
-    """Seconds and memory of each stage: what this run spent, and what its result cost when it was made."""
+    """Seconds and memory that each stage's result took to make, and whether the last run made it."""
     gaps: list[str] = []
     _, run = sources.last_run(root, [])
-    states = {stage.name: stage for stage in run.stages}
+    states = {stage.name: stage.state for stage in run.stages}
     rows = []
-    for name in STAGES:
-        record = read(root, f"artifacts/{name}/record.json", Record, [])
-        went = sources.stage_run(root, name, record, gaps)
-        state = states.get(name)
-        rows.append(
-            {
-                "name": name,
-                "state": state.state if state else None,
-                "run": state.seconds if state else None,
-                "seconds": went.seconds,
-                "memory": went.peak_memory_mb * 2**20 if went.peak_memory_mb is not None else None,
-            }
-        )
+    for stage in ("ingest", *STAGES):
+        record = read(root, f"{sources.folder_of(stage)}/record.json", Record, [])
+        made = sources.stage_run(root, stage, record, gaps)
+        memory = made.peak_memory_mb * 2**20 if made.peak_memory_mb is not None else None
+        rows.append({"name": stage, "state": states.get(stage), "seconds": made.seconds, "memory": memory})
     return {
         "rows": rows,
-        "total": sum(r["seconds"] or 0 for r in rows),
-        "slowest": max((r["seconds"] or 0 for r in rows), default=0),
-        "largest": max((r["memory"] or 0 for r in rows), default=0),
+        "total": sum(row["seconds"] or 0 for row in rows),
+        "slowest": max(row["seconds"] or 0 for row in rows),
+        "largest": max(row["memory"] or 0 for row in rows),
         "gaps": gaps,
     }
 

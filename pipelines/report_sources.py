@@ -64,7 +64,6 @@ class StageRun(BaseModel):
 class RunStage(BaseModel):
     name: str
     state: str
-    seconds: float | None = None
 
 
 class Run(BaseModel):
@@ -73,9 +72,17 @@ class Run(BaseModel):
     recipe: str | None = None
     started: Unix | None = None
     ended: Unix | None = None
+    reason: str = ""  # why it stopped or held
     stages: list[RunStage] = []
     verdict: str | None = None
     model_version: int | str | None = None
+    mlflow_run_id: str | None = None
+    dvc_lock: str | None = None
+
+
+def folder_of(stage: str) -> str:
+    """Where a stage's result lies in the checkout."""
+    return "data" if stage in ("data", "ingest") else f"artifacts/{stage}"
 
 
 def read(root: Path, name: str, kind: type[T], gaps: list[str]) -> T | None:
@@ -122,6 +129,11 @@ def read_yaml(root: Path, name: str, gaps: list[str]) -> dict[str, Any]:
         return {}
 
 
+def data_version(root: Path, gaps: list[str]) -> str | None:
+    """DVC's hash of the data snapshot, as data.dvc names it."""
+    return md5(read_yaml(root, "data.dvc", gaps).get("outs"))
+
+
 def damaged(name: str, error: Exception) -> str:
     reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else type(error).__name__
     return f"{name}: not readable ({reason}); delete {mend(name)}"
@@ -152,7 +164,7 @@ def last_run(root: Path, gaps: list[str]) -> tuple[str | None, Run]:
 
 
 def stage_run(root: Path, stage: str, record: Record | None, gaps: list[str]) -> StageRun:
-    """When and where the result that lies in artifacts/<stage> was made."""
+    """When and where the result of `stage` that lies here was made."""
     if record is None:
         return StageRun()
     name = f".forja/stages/{stage}-{record.fingerprint}/run.json"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from components.artifact import digest, to_json, write_record
-from pipelines.charts import Edge, Node, Series, binned, line_chart, lineage_chart, number, ticks
+from pipelines.dvc import lock_hash
 from pipelines.identity import STAGES
 from pipelines.report import write
 from pipelines.report_sources import duration, size, total, visible
@@ -115,11 +115,18 @@ def evaluated(folder: Path) -> None:
     (folder / "gates.json").write_text(to_json({"verdict": "hold", "gates": [held, failed]}))
 
 
+def diary_of(root: Path, stage: str, mark: str, i: int) -> None:
+    folder = root / f".forja/stages/{stage}-{mark}"
+    folder.mkdir(parents=True)
+    run = {"seconds": 4.0 + 9 * i, "peak_memory_mb": 300.0 + 100 * i, "mlflow_run_id": f"{i:x}a" * 16}
+    (folder / "run.json").write_text(json.dumps(run | {"prefect_flow_run_id": "0b6d9a1e-flow", "status": "finished"}))
+
+
 def tree(root: Path) -> Path:
     """A small checkout after a run: sealed artifacts, DVC's files, the diaries of the stages and of the run."""
     (root / "data").mkdir(parents=True)
     (root / "data/a.jsonl").write_text("{}\n")
-    write_record(root / "data", "ingest")
+    diary_of(root, "ingest", write_record(root / "data", "ingest").fingerprint, 8)
     lock: dict = {"schema": "2.0", "stages": {}}
     for i, stage in enumerate(STAGES):
         folder = root / "artifacts" / stage
@@ -128,19 +135,15 @@ def tree(root: Path) -> Path:
         made_from = {n: digest(root / n if n == "data" else root / "artifacts" / n) for n in INPUTS[stage]}
         record = write_record(folder, stage, code="c0de", inputs=made_from)
         lock["stages"][stage] = {"outs": [{"path": f"artifacts/{stage}", "md5": f"{i + 1}" * 32 + ".dir"}]}
-        diary = root / f".forja/stages/{stage}-{record.fingerprint}"
-        diary.mkdir(parents=True)
-        run = {"seconds": 4.0 + 9 * i, "peak_memory_mb": 300.0 + 100 * i, "mlflow_run_id": f"{i:x}a" * 16}
-        (diary / "run.json").write_text(
-            json.dumps(run | {"prefect_flow_run_id": "0b6d9a1e-flow", "status": "finished"})
-        )
+        diary_of(root, stage, record.fingerprint, i)
     (root / "dvc.lock").write_text(yaml.safe_dump(lock))
     (root / "data.dvc").write_text(yaml.safe_dump({"outs": [{"md5": "da7a" * 8 + ".dir", "path": "data"}]}))
     promote = {"name": "forja", "alias": "champion"}
     (root / "params.yaml").write_text(yaml.safe_dump({"recipe": "demo", "seed": 1, "promote": promote}))
     (root / ".forja/runs").mkdir()
-    stages = [{"name": s, "state": "ran", "seconds": 5.0} for s in STAGES]
+    stages = [{"name": s, "state": "ran", "seconds": 5.0} for s in ("ingest", *STAGES)]
     run = {"recipe": "demo", "started": 1_790_000_000.0, "ended": 1_790_000_210.0, "stages": stages, "verdict": "hold"}
+    run |= {"dvc_lock": lock_hash(root), "mlflow_run_id": "fa" * 16, "reason": "not promoted: ppo.kl is missing"}
     (root / ".forja/runs/0b6d9a1e-flow.json").write_text(json.dumps(run | {"model_version": None}))
     return root
 
@@ -202,8 +205,8 @@ def test_whole_run(checkout: Path) -> None:
     assert "12 contaminated; 100 duplicate" in section(checkout, "data")
     assert "34,500" in section(checkout, "data")  # five tables of 6,900 kept rows under one licence
     assert "0.36 to 0.47, n = 300" in section(checkout, "quality")
-    assert "4 min 44 s in all" in section(checkout, "cost")  # 8 stages of 4 + 9 i seconds: 32 + 9 * 28 = 284
-    for i in range(len(STAGES)):
+    assert "6 min 00 s in all" in section(checkout, "cost")  # ingest and 8 stages, 4 + 9 i seconds: 36 + 9 * 36 = 360
+    for i in range(9):
         assert f"{i:x}a" * 16 in section(checkout, "lineage")
 
 
@@ -277,6 +280,13 @@ def test_a_changed_input_is_an_edge_that_no_longer_holds(checkout: Path) -> None
     assert html.count('class="edge old"') == 3  # into reward, ppo and evaluate
 
 
+def test_results_that_are_newer_than_the_run_are_told(checkout: Path) -> None:
+    assert "not promoted: ppo.kl is missing" in report(checkout).text
+    with (checkout / "dvc.lock").open("a") as f:
+        f.write("# another\n")
+    assert "dvc.lock: changed since the last" in report(checkout).text
+
+
 def test_a_promoted_version_ends_the_lineage(checkout: Path) -> None:
     path = checkout / ".forja/runs/0b6d9a1e-flow.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_version": "7", "verdict": "promote"}))
@@ -289,49 +299,6 @@ def test_the_last_run_is_the_one_that_started_last(checkout: Path) -> None:
     (checkout / ".forja/runs/0000.json").write_text(json.dumps({"recipe": "later", "started": 1_800_000_000.0}))
     (checkout / ".forja/runs/ffff.json").write_text(json.dumps({"recipe": "earlier", "started": 1_700_000_000.0}))
     assert "recipelater" in report(checkout).text
-
-
-def test_ticks_are_round_and_within() -> None:
-    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert ticks(1.83, 7.1, 4) == [2, 4, 6]
-    assert ticks(-0.0101, 0.0105, 4) == [-0.01, 0, 0.01]  # 0.005 would make more than four steps
-    assert ticks(-0.01, 0.01, 4) == [-0.01, -0.005, 0, 0.005, 0.01]
-
-
-def test_bins_keep_mean_and_range() -> None:
-    points = [(float(i), float(i % 2)) for i in range(8)]
-    assert binned(points, 8) == [(x, y, y, y) for x, y in points]
-    assert binned(points, 2) == [(1.5, 0.5, 0.0, 1.0), (5.5, 0.5, 0.0, 1.0)]
-
-
-def test_a_line_goes_where_its_values_are() -> None:
-    drawn = line_chart("t", [Series("a", [(0, 0), (1, 1), (2, math.nan)]), Series("none", [])])
-    found = re.search(r'class="line c0" d="M(\S+) (\S+?)L(\S+) (\S+?)"', drawn)
-    x0, y0, x1, y1 = map(float, found.groups())  # type: ignore[union-attr]
-    assert (x0, x1) == (50, 468) and y0 > y1  # from edge to edge, and up, for SVG counts y downwards
-    assert "none" not in drawn and "nan" not in drawn
-    assert "No values yet." in line_chart("t", [Series("a", [(0, math.inf)])])
-    assert line_chart("t", [Series("flat", [(3, 5)])])
-
-
-def test_drawn_text_is_escaped() -> None:
-    assert "<b>" not in line_chart("<b>", [Series("<b>", [(0, 1), (1, 2)])], "<b>")
-    assert "<b>" not in lineage_chart([Node("<b>", "<b>", True), Node("b", "", False)], [Edge(0, 1, True)])
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (None, "–"),
-        (math.nan, "–"),
-        (1234567.0, "1,234,567"),
-        (0.012345, "0.01235"),
-        (2.104, "2.104"),
-        (1e-5, "1.0e-05"),
-    ],
-)
-def test_numbers(value: float | None, said: str) -> None:
-    assert number(value) == said
 
 
 def test_units() -> None:
