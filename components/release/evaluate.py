@@ -210,9 +210,12 @@ def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, judge: Checkpoint, 
 
 def contamination(validate: Path) -> Found:
     """The rows that stages train on and that hold words of an eval row or of a test row, counted anew: none should."""
-    found = contaminated({name: list(read_rows(validate / f"{name}.jsonl")) for name in TABLES})
-    kept = [{"part": "contamination", **hit._asdict()} for hit in found]
-    return {"contamination.rows": float(len(found))}, kept
+    tables = {name: list(read_rows(validate / f"{name}.jsonl")) for name in TABLES}
+    kept: list[Row] = [
+        {"part": "contamination", "table": table, "id": tables[table][row]["id"], "held": held, "phrase": phrase}
+        for table, row, held, phrase in contaminated(tables)
+    ]
+    return {"contamination.rows": float(len(kept))}, kept
 
 
 def is_right(scores: Sequence[float], answer: int) -> bool:

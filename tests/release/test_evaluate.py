@@ -143,7 +143,8 @@ def test_a_training_row_that_holds_a_test_row_is_counted_and_named(folders, tmp_
     gates = [{"name": "no-contamination", "metric": "contamination.rows", "at_most": 0}]
     metrics, kept, verdict = evaluated(folders, tmp_path / "out", config(gates=gates))
     assert metrics["contamination.rows"] == 1
-    assert [(r["table"], r["index"]) for r in kept if r["part"] == "contamination"] == [("corpus", 0)]
+    (hit,) = [r for r in kept if r["part"] == "contamination"]
+    assert (hit["table"], hit["id"], hit["held"]) == ("corpus", "row/0", "row/5")
     assert verdict["verdict"] == "hold"
     assert verdict["gates"][0]["margin"] == -1
 
