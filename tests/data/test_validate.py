@@ -1,0 +1,216 @@
+"""Validate: planted faults are rejected with file, line and reason; the counts are made by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.artifact import ForjaError
+from components.data.rules import Limits, Unfit, check, parse
+from components.data.validate import Config, run
+from components.log import silent
+
+LIMITS = Limits(min_chars=5, max_chars=1000, max_rejected_share=0.9)
+TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
+LEAK = "Serialize an object to a text that others can read"
+
+
+def config(share: float = 0.9) -> Config:
+    limits = LIMITS.model_dump() | {"max_rejected_share": share}
+    return Config.model_validate({"ngram": 13, "whole": 8, "tables": dict.fromkeys(TABLES, limits)})
+
+
+def row(name: str, split: str = "train", **fields: Any) -> dict[str, Any]:
+    common = {"id": name, "source": "s", "licence": "l", "provenance": "p", "lang": "en", "object": name}
+    return common | {"split": split} | fields
+
+
+def says(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+ASKED = [says("user", "What is that?")]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculate", "arguments": {"expression": "1"}}]}
+CORPUS = [
+    line(row("a", text="A good document.")),
+    b'{"id": "broken',
+    b"",
+    b'{"id": "\xff"}',
+    line(row("b", text="A  GOOD document.", split="test")),  # the copy in test stays, a goes
+    line(row("c", text="It holds a\u2028line separator.")),
+    line(row("d", text=f"dump: {LEAK}.")),
+    line(row("a2", text="NaN", n=1)).replace(b'"n": 1', b'"n": NaN'),
+    line(row("e", text="Twice.")).replace(b"{", b'{"text": "first", ', 1),
+    line(row("f", text="a NUL \0 here")),
+    line(row("b", text="Another with the id of b.")),
+    line(row("g", text="tiny")),
+    line(row("h", text="Damaged \ufffd text.")),
+    line({k: v for k, v in row("i", text="No licence.").items() if k != "licence"}),
+    line(row("j", text="Wrong split.", split="dev")),
+    b"[1, 2]",
+    line(row("k", text=7)),
+    b'{"id": "\\ud800"}',
+]
+REASONS = {
+    1: "duplicate: of b",
+    2: "not JSON: Unterminated string starting at at character 8",
+    3: "empty line",
+    4: "not UTF-8: byte 9 is 0xff",
+    7: f'contaminated: holds "{LEAK.lower()}" of q',
+    8: "not JSON: NaN is no JSON number",
+    9: "duplicate key: 'text'",
+    10: "damaged text: NUL",
+    11: "id used twice: also at corpus/c.jsonl:5",
+    12: "too short: 4 characters, at least 5",
+    13: "damaged text: U+FFFD stands where bytes were lost",
+    14: "missing field: licence",
+    15: "split: 'dev' is none of train, val, test",
+    16: "not an object: a row is {...}, this is a list",
+    17: "wrong type: text is no text",
+    18: "damaged text: half of a surrogate pair",
+}
+OTHERS = {
+    "instructions": [
+        line(row("i1", messages=[*ASKED, says("assistant", "It is this.")])),
+        line(row("i2", messages=[*ASKED, CALL, says("tool", "1"), says("assistant", "It is 1.")])),
+    ],
+    "preferences": [
+        line(row("p1", messages=ASKED, chosen=says("assistant", "yes"), rejected=CALL, kind="wrong")),
+        line(row("p2", messages=ASKED, chosen=says("assistant", "y"), rejected=says("assistant", " y"), kind="cut")),
+    ],
+    "prompts": [line(row("r1", messages=ASKED))],
+    "eval": [line(row("q", "test", question="What does dump do?", choices=["w", LEAK, "x", "y"], answer=1))],
+}
+
+
+def write(data: Path, tables: dict[str, list[bytes]]) -> Path:
+    for table, lines in tables.items():
+        (data / table).mkdir(parents=True)
+        (data / table / "c.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return data
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    root = tmp_path_factory.mktemp("validate")
+    out = root / "out"
+    out.mkdir()
+    return out, run(config(), write(root / "data", {"corpus": CORPUS, **OTHERS}), out, silent)
+
+
+def test_every_planted_fault_is_rejected_with_its_place_and_reason(validated: tuple[Path, dict[str, float]]) -> None:
+    out, _ = validated
+    rejected = [json.loads(x) for x in (out / "rejected.jsonl").read_text(encoding="utf-8").split("\n") if x]
+    assert {r["line"]: r["reason"] for r in rejected if r["table"] == "corpus"} == REASONS
+    assert {r["file"] for r in rejected if r["table"] == "corpus"} == {"corpus/c.jsonl"}
+    others = [(r["table"], r["line"], r["reason"]) for r in rejected if r["table"] != "corpus"]
+    assert others == [("preferences", 2, "no preference: chosen and rejected are the same")]
+    assert next(r["row"] for r in rejected if r["line"] == 4) == '{"id": "\\xff"}'
+
+
+def test_kept_rows_keep_their_bytes(validated: tuple[Path, dict[str, float]]) -> None:
+    out, _ = validated
+    assert (out / "corpus.jsonl").read_bytes() == CORPUS[4] + b"\n" + CORPUS[5] + b"\n"
+    assert (out / "eval.jsonl").read_bytes() == OTHERS["eval"][0] + b"\n"
+
+
+def test_kept_and_rejected_make_the_read(validated: tuple[Path, dict[str, float]]) -> None:
+    out, metrics = validated
+    funnel = json.loads((out / "funnel.json").read_text())
+    for table, counts in funnel.items():
+        assert counts["read"] == counts["kept"] + sum(counts["rejected"].values())
+        assert metrics[f"{table}.read"] == counts["read"]
+        assert metrics[f"{table}.rejected"] == counts["read"] - counts["kept"]
+    assert (funnel["corpus"]["read"], funnel["corpus"]["kept"]) == (18, 2)
+    assert funnel["corpus"]["splits"] == {"test": 1, "train": 1}
+    assert (metrics["contaminated"], metrics["duplicates"]) == (1, 1)
+
+
+def test_expectations_and_their_page(validated: tuple[Path, dict[str, float]]) -> None:
+    out, metrics = validated
+    found = json.loads((out / "expectations.json").read_text())
+    assert sum(len(results) for results in found.values()) == metrics["expectations"] > 50
+    assert all(r["success"] for results in found.values() for r in results)
+    broken = found["corpus"][0]
+    assert (broken["column"], broken["rows"], broken["unexpected"]) == ("broken_rule", 18, 14)
+    page = (out / "docs" / "index.html").read_text(encoding="utf-8")
+    assert "http" not in page.replace("http-equiv", "")
+    assert "corpus/c.jsonl, line 14: missing field: licence" in page
+    assert "{&#34;id&#34;: &#34;broken" in page  # a row is text on the page, never markup
+
+
+def fails(tmp_path: Path, tables: dict[str, list[bytes]], share: float = 0.9) -> str:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ForjaError) as e:
+        run(config(share), write(tmp_path / "data", tables), tmp_path / "out", silent)
+    return str(e.value)
+
+
+def test_too_many_broken_rows_stop_the_stage(tmp_path: Path) -> None:
+    message = fails(tmp_path, {"corpus": CORPUS, **OTHERS}, share=0.1)
+    assert message.startswith("corpus: expect_column_values_to_be_null fails on broken_rule: 14 of 18 rows")
+    assert "corpus/c.jsonl:2 not JSON" in message
+    assert "validate.tables.corpus" in message
+
+
+def test_an_object_in_two_splits_stops_the_stage(tmp_path: Path) -> None:
+    torn = [line(row("x", text="First text.", object="o")), line(row("y", "test", text="Second text.", object="o"))]
+    assert "fails on splits_of_object: 2 of 2 rows" in fails(tmp_path, {"corpus": torn})
+
+
+def test_an_empty_corpus_stops_the_stage(tmp_path: Path) -> None:
+    assert "expect_table_row_count_to_be_between" in fails(tmp_path, OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([says("assistant", "hello")], "roles: message 1 is the assistant's, expected the user's"),
+        ([*ASKED, *ASKED], "roles: message 2 is the user's, expected the assistant's"),
+        ([*ASKED, CALL, says("assistant", "x")], "roles: message 3 is the assistant's, expected the tool's"),
+        ([*ASKED, says("tool", "1")], "roles: message 2 is the tool's, expected the assistant's"),
+        ([*ASKED, CALL], "roles: an instruction ends with the assistant's answer"),
+        ([*ASKED, says("assistant", " ")], "empty field: message 2 says nothing"),
+        ([*ASKED, {"role": "assistant", "content": None}], "wrong type: message 2 has no content text"),
+        ([*ASKED, CALL | {"tool_calls": []}], "tool calls: message 2 is no assistant's list of calls"),
+        ([*ASKED, CALL | {"tool_calls": [{}]}], "tool calls: message 2 has a call without name or arguments"),
+        ([{"role": "system", "content": "x"}], "roles: message 1 has no role user, assistant or tool"),
+        ("text", "missing field: messages"),
+    ],
+)
+def test_dialogues(messages: Any, reason: str) -> None:
+    with pytest.raises(Unfit) as e:
+        check("instructions", row("i", messages=messages), LIMITS)
+    assert str(e.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"choices": ["a", "b", "c"]}, "choices: four texts are needed"),
+        ({"choices": ["a", "b", "c", "A "]}, "choices: two of the four are the same"),
+        ({"answer": 4}, "answer: 4 is no index from 0 to 3"),
+        ({"answer": True}, "answer: True is no index from 0 to 3"),
+    ],
+)
+def test_choices(fields: dict[str, Any], reason: str) -> None:
+    good = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 0}
+    check("eval", row("q", **good), LIMITS)
+    with pytest.raises(Unfit) as e:
+        check("eval", row("q", **(good | fields)), LIMITS)
+    assert str(e.value) == reason
+
+
+@pytest.mark.parametrize("text", [b'{"a": 1e999}', b'{"a": -Infinity}', b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_lenient_numbers_and_depths_are_refused(text: bytes) -> None:
+    with pytest.raises(Unfit, match="not JSON"):
+        parse(text)
+
+
+def test_an_escaped_backslash_is_no_nul() -> None:
+    assert parse(rb'{"a": "\\u0000"}') == {"a": "\\u0000"}
