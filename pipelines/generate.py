@@ -12,8 +12,8 @@ def speak(
 ) -> str:
     """What the model says to `prompt`, as one turn of a user; with `raw`, how it continues the text."""
     from components.data import chat
-    from components.model.checkpoint import load
     from components.model.generate import generate
+    from components.release.quantize import load
 
     if not prompt:
         raise ForjaError("PROMPT: empty; give some text")

@@ -11,7 +11,7 @@ class Assistant(PythonModel):
     """Answers each prompt as one turn of a user; params: lang, max_new_tokens, temperature, seed."""
 
     def load_context(self, context: Any) -> None:
-        from components.model.checkpoint import load
+        from components.release.quantize import load
 
         self.checkpoint = load(Path(context.artifacts["model"]))
 

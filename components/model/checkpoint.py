@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from components.artifact import Damaged, to_json
+from components.artifact import Damaged, ForjaError, to_json
 from components.model.gpt import GPT, GPTConfig
 
 WEIGHTS, SHAPE, TOKENIZER, PROMPTS = "model.safetensors", "model.json", "tokenizer.json", "prompts.json"
@@ -40,21 +40,32 @@ def save(model: GPT, folder: Path, tokenizer: Path, prompts: dict[str, dict[str,
 def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
     """The model in eval mode and float32 on `device` (default: a GPU where there is one), its tokenizer and templates.
 
-    Raises Damaged where a file is missing or does not fit the shape.
+    Raises Damaged where a file is missing or does not fit the shape. A quantized folder is for release/quantize.py's
+    `load`, which takes either: training, which needs this one, does not depend on how models are quantized.
     """
+    shape = shape_of(folder)
+    if "quantization" in shape:
+        raise ForjaError(f"{folder}: quantized, and cannot be trained on; name the folder that it was made from")
+    model = GPT(GPTConfig.model_validate(shape))
+    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    if unexpected or set(missing) - {"head.weight"}:
+        raise Damaged(f"{folder / WEIGHTS}: its tensors are not those of {SHAPE}; run the stage that makes it")
+    return assembled(model, folder, device)
+
+
+def shape_of(folder: Path) -> dict[str, Any]:
+    """What model.json says, once the folder's files are known to be there."""
     for name in (SHAPE, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
-            raise Damaged(f"{folder / name}: missing, so {folder} is no checkpoint; name one such as artifacts/sft")
+            raise Damaged(
+                f"{folder / name}: missing, so {folder} is no checkpoint; name a folder such as artifacts/sft"
+            )
     shape: dict[str, Any] = json.loads((folder / SHAPE).read_bytes())
-    if "quantization" in shape:
-        from components.release.quantize import restore
+    return shape
 
-        model = restore(folder, shape)
-    else:
-        model = GPT(GPTConfig.model_validate(shape))
-        missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-        if unexpected or set(missing) - {"head.weight"}:
-            raise Damaged(f"{folder / WEIGHTS}: its tensors are not those of {SHAPE}; run the stage that makes it")
+
+def assembled(model: GPT, folder: Path, device: str | torch.device | None) -> Checkpoint:
+    """A model with its weights, with the tokenizer and the templates that lie beside them."""
     prompts = json.loads((folder / PROMPTS).read_bytes()) if (folder / PROMPTS).is_file() else {}
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     return Checkpoint(model.to(device or default_device()).eval(), tokenizer, prompts)

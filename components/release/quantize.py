@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from components.artifact import Damaged, ForjaError, to_json
 from components.log import Log
-from components.model.checkpoint import PROMPTS, SHAPE, TOKENIZER, WEIGHTS, load
+from components.model import checkpoint
+from components.model.checkpoint import PROMPTS, SHAPE, TOKENIZER, WEIGHTS, Checkpoint
 from components.model.gpt import GPT, GPTConfig
 
 # At its import torchao warns of GPU kernels that it does not find on a CPU, and of its own deprecated calls.
@@ -150,6 +151,15 @@ def save(model: GPT, folder: Path, source: Path, scheme: Scheme, group: int) -> 
     for name in (TOKENIZER, PROMPTS):
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
+
+
+def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
+    """Any checkpoint folder, quantized or not: model in eval mode, tokenizer and templates, on `device` (default: a GPU
+    where there is one). Raises Damaged where a file is missing or does not fit."""
+    shape = checkpoint.shape_of(folder)
+    if "quantization" not in shape:
+        return checkpoint.load(folder, device)
+    return checkpoint.assembled(restore(folder, shape), folder, device)
 
 
 def restore(folder: Path, config: dict[str, Any]) -> GPT:

@@ -11,6 +11,7 @@ from components.release.quantize import (
     Config,
     affine,
     block_matrices,
+    load,
     pack_int4,
     quantized,
     run,
@@ -63,7 +64,7 @@ def test_a_file_loads_back_to_the_same_logits_bit_for_bit(scheme, tied, save_che
     full = checkpoint.load(folder, device="cpu").model
     small = quantized(full, scheme, 16)
     save(small, tmp_path / scheme, folder, scheme, 16)
-    back = checkpoint.load(tmp_path / scheme, device="cpu")
+    back = load(tmp_path / scheme, device="cpu")
     ids = torch.randint(full.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(2))
     assert torch.equal(back.model(ids), small(ids))
     assert not torch.equal(back.model(ids), full(ids))
@@ -126,6 +127,12 @@ def test_a_group_that_does_not_divide_the_columns_is_named(save_checkpoint, tmp_
         run(Config(int4_group=24), save_checkpoint("ppo", seed=1), tmp_path / "out", silent)
 
 
+def test_a_quantized_folder_is_not_trained_on(save_checkpoint, tmp_path):
+    run(Config(int4_group=16), save_checkpoint("ppo", seed=1), tmp_path / "out", silent)
+    with pytest.raises(ForjaError, match="int4: quantized"):
+        checkpoint.load(tmp_path / "out/int4")
+
+
 def test_a_folder_whose_parts_do_not_fit_is_refused(save_checkpoint, tmp_path):
     run(Config(int4_group=16), save_checkpoint("ppo", seed=1), tmp_path / "out", silent)
     folder = tmp_path / "out/int8"
@@ -133,4 +140,4 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(save_checkpoint, tmp_path):
     manifest["tensors"]["wte.weight"]["stored"] = "int4_group"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Damaged, match="do not fit"):
-        checkpoint.load(folder)
+        load(folder)
