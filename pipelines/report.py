@@ -39,7 +39,7 @@ TRAININGS = {
 }
 PPO = [
     ("Reward", "Mean score of the answers by the reward model.", {"reward": "train", "val_reward": "val"}),
-    ("KL", "Distance from the SFT model.", {"kl": "KL"}),
+    ("KL", "Nats an answer, away from the SFT model.", {"kl": "KL"}),
     ("Entropy", "Nats a token: how open the policy still is.", {"entropy": "entropy"}),
     ("Length", "Tokens an answer.", {"length": "length"}),
     ("Clip fraction", "Share of tokens whose ratio left the clip range.", {"clip_fraction": "clipped"}),
