@@ -41,6 +41,7 @@ th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); v
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .yes { color: var(--good); } .no { color: var(--bad); }
 code, pre { font: .82rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
+td code { overflow-wrap: normal; white-space: nowrap; }
 pre { white-space: pre-wrap; background: var(--paper); border-radius: 8px; padding: .6rem .8rem; margin: .4rem 0; }
 details { border-bottom: 1px solid var(--line); padding: .45rem 0; } summary { cursor: pointer; }
 small { color: var(--soft); }
