@@ -7,7 +7,6 @@ WORLD_SIZE. A checkpoint is a folder sealed with a record; the newest whole one 
 
 import json
 import logging
-import math
 import os
 import shutil
 import socket
@@ -20,6 +19,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from components.artifact import ForjaError, building, read_record, to_json, write_record
+from components.model.muon import Muon
 
 KEPT = 2  # checkpoints on disk: the newest, and the one before it in case the newest is damaged
 Item = TypeVar("Item")
@@ -27,11 +27,17 @@ logger = logging.getLogger("forja")
 
 
 class Optim(BaseModel, frozen=True, extra="forbid"):
-    """AdamW with a linear warmup and a cosine decay to `lr_floor` of its peak."""
+    """The optimiser and its schedule: linear warmup, the full rate, a linear decay over the last part.
+
+    `matrix_lr` is Muon's rate for the blocks' matrices; with None AdamW moves them too. Weights and optimiser are in
+    float32 always; with `bf16` the products are taken in bfloat16 (autocast).
+    """
 
     lr: float = Field(gt=0)
-    lr_floor: float = Field(ge=0, le=1)
+    matrix_lr: float | None = Field(gt=0)
+    lr_floor: float = Field(ge=0, le=1)  # what is left of the rate at the last step
     warmup: int = Field(ge=0)
+    decay: float = Field(ge=0, le=1)  # the share of the steps over which the rate falls
     weight_decay: float = Field(ge=0)
     beta2: float = Field(gt=0, lt=1)
     clip: float = Field(gt=0)
@@ -48,12 +54,12 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The rate of `step` (from 0) of `steps`: linear warmup, then half a cosine (Loshchilov & Hutter 2017)."""
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    done = (step - optim.warmup) / max(1, steps - optim.warmup)
-    return optim.lr * (optim.lr_floor + (1 - optim.lr_floor) * 0.5 * (1 + math.cos(math.pi * done)))
+def schedule(optim: Optim, step: int, steps: int) -> float:
+    """The part of the full rate at `step` (from 0) of `steps`: warmup, stable, decay (Hu et al. 2024, section 4)."""
+    up = (step + 1) / optim.warmup if step < optim.warmup else 1.0
+    falling = optim.decay * steps
+    left = (steps - step) / falling if falling > 0 else 1.0
+    return min(up, optim.lr_floor + (1 - optim.lr_floor) * min(1.0, left))
 
 
 def micro_batch(batch: int) -> int:
@@ -80,30 +86,29 @@ class Engine:
     def __init__(self, model: nn.Module, optim: Optim, batch: int) -> None:
         deepspeed = _deepspeed()
         self.optim, self.micro = optim, micro_batch(batch)
-        # Vectors (norms, biases) are not decayed: decay is a prior on matrices.
-        matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-8, fused=True)
+        zero = int(os.environ.get("FORJA_ZERO", "0"))
+        if zero and optim.matrix_lr is not None:
+            raise ForjaError(f"FORJA_ZERO={zero}: cuts matrices into pieces, which Muon needs whole; set matrix_lr=null")
         self.ds, *_ = deepspeed.initialize(
             model=model.to(device()),
-            optimizer=adamw,
+            optimizer=_optimiser(model, optim),
             config={
                 "train_batch_size": batch,
                 "train_micro_batch_size_per_gpu": self.micro,
                 "gradient_clipping": optim.clip,
-                "bf16": {"enabled": optim.precision == "bf16"},
-                "zero_optimization": {"stage": int(os.environ.get("FORJA_ZERO", "0"))},
+                "torch_autocast": {"enabled": optim.precision == "bf16", "dtype": "bfloat16"},
+                "zero_optimization": {"stage": zero},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 1 << 60,
             },
         )
         self.model: nn.Module = self.ds.module
-        self._norm = 0.0
+        self.grad_norm = 0.0  # the global norm before clipping, of the last step taken
 
-    def set_lr(self, lr: float) -> None:
+    def set_rate(self, part: float) -> None:
+        """Give every group `part` of its full rate."""
         for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = part * group["full"]
 
     def step(self, loss_sum: Tensor, total: float) -> None:
         """Take in one micro-batch; the weights move with the last one of the global batch.
@@ -115,26 +120,23 @@ class Engine:
         """
         accumulation = self.ds.gradient_accumulation_steps()
         self.ds.backward(loss_sum * (accumulation * world()[1] / total))
-        if self.optim.precision == "fp32" and self.ds.is_gradient_accumulation_boundary():
+        if self.ds.is_gradient_accumulation_boundary():  # before they are clipped and cleared
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._norm = float(nn.utils.get_total_norm(grads))  # DeepSpeed keeps it in its bf16 path only
+            self.grad_norm = float(nn.utils.get_total_norm(grads))
         self.ds.step()
 
-    def grad_norm(self) -> float:
-        """The global gradient norm before clipping, of the last step taken."""
-        return self._norm if self.optim.precision == "fp32" else float(self.ds.get_global_grad_norm())
 
-    def float_state(self) -> dict[str, Tensor]:
-        """The weights in float32: the optimiser's own copy where training runs in bf16."""
-        if self.optim.precision == "fp32":
-            return {k: v.detach().float().clone() for k, v in self.model.state_dict().items()}
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        state = {}
-        for name, p in self.model.named_parameters(remove_duplicate=False):
-            full = safe_get_full_fp32_param(p)
-            state[name] = (full if full is not None else p.detach().float()).clone().view(p.shape)
-        return state
+def _optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """Vectors (norms, biases) are not decayed: decay is a prior on matrices."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0, "full": optim.lr}
+    inner = [p for n, p in named if p.dim() > 1 and n.startswith("blocks.")]
+    outer = [p for n, p in named if p.dim() > 1 and not n.startswith("blocks.")]  # embeddings, head
+    if optim.matrix_lr is None:
+        matrices = {"params": inner + outer, "weight_decay": optim.weight_decay, "full": optim.lr}
+        return torch.optim.AdamW([matrices, vectors], lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-8, fused=True)
+    embeddings = {"params": outer, "weight_decay": optim.weight_decay, "full": optim.lr}
+    return Muon(inner, optim.matrix_lr, [embeddings, vectors], optim.beta2)
 
 
 def _deepspeed() -> Any:

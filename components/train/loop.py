@@ -62,8 +62,8 @@ def fit(
     metrics: dict[str, float] = {}
 
     for step in range(first, cfg.steps):
-        lr = engine.learning_rate(cfg, step, cfg.steps)
-        trained.set_lr(lr)
+        rate = engine.schedule(cfg, step, cfg.steps)
+        trained.set_rate(rate)
         items = batch_at(step)
         total = sum(count(item) for item in items)
         sums: dict[str, float] = {}
@@ -78,12 +78,11 @@ def fit(
         done = step + 1
         seen += total
         metrics = {name: value / total for name, value in sums.items()}
-        metrics |= {"lr": lr, "grad_norm": trained.grad_norm(), "progress": done / cfg.steps}
+        metrics |= {"lr": cfg.lr * rate, "grad_norm": trained.grad_norm, "progress": done / cfg.steps}
         metrics["perf/items_per_s"] = seen / (time.perf_counter() - started)
         if done % cfg.eval_every == 0 or done == cfg.steps:
             metrics |= {f"val_{k}": v for k, v in validate(trained.model).items()}
         log(metrics, done)
         if done % cfg.save_every == 0 and done < cfg.steps:
             engine.save(scratch, done, {"model": trained}, {})
-    model.float().load_state_dict(trained.float_state())
     return lasting(metrics)

@@ -257,8 +257,8 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
         )
 
         # 5. A better policy, and a value model that knows it.
-        for trained, peak in ((policy, cfg.lr), (value, cfg.value_lr)):
-            trained.set_lr(engine.learning_rate(cfg.model_copy(update={"lr": peak}), step, cfg.steps))
+        for trained in (policy, value):
+            trained.set_rate(engine.schedule(cfg, step, cfg.steps))
         metrics |= update(policy, value, rollout, kl_coef, cfg, step)
         metrics |= {"kl_coef": kl_coef, "progress": (step + 1) / cfg.steps}
         kl_coef = next_kl_coef(kl_coef, metrics["kl"], cfg.kl_target)
@@ -272,7 +272,6 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
             engine.save(scratch, done, {"policy": policy, "value": value}, {"kl_coef": kl_coef})
 
     # 7. The policy is what goes on.
-    policy_model.float().load_state_dict(policy.float_state())
     save(policy_model, out, sft / TOKENIZER, prompts)
     write_samples(out, policy_model.eval(), tokenizer, heldout[: cfg.sample_rows])
     return lasting(metrics) | {"val_reward_before": before}
