@@ -194,7 +194,7 @@ def section(root: Path, name: str) -> str:
 def test_whole_run(checkout: Path) -> None:
     page = report(checkout)
     assert page.open == []
-    assert "parts are missing" not in page.text and "part is missing" not in page.text
+    assert "missing or out of date" not in page.text
     assert [a["id"] for t, a in page.tags if t == "section"] == [
         *("gates", "training", "ppo", "samples", "data", "quality", "lineage", "cost", "recipe")
     ]
@@ -241,7 +241,7 @@ def test_the_same_prompt_stands_side_by_side(checkout: Path) -> None:
 )
 def test_an_empty_checkout_says_what_is_missing_and_the_mend(tmp_path: Path, name: str) -> None:
     text = section(tmp_path, name)
-    assert "missing here" in text or name == "cost"
+    assert "missing or out of date" in text or name == "cost"
     assert "forja run" in text or "forja use" in text or name == "cost"
 
 
