@@ -63,13 +63,14 @@ def run(
     log: Log,
 ) -> dict[str, float]:
     base, tuned, judge, policy = load(pretrain), load(sft), load(reward), load(ppo)
+    asked = base._replace(prompts=policy.prompts)  # the base model has no templates of its own
     small = {"int8": quantize / "int8", "int4": quantize / "int4"}
     parts: list[Callable[[], Found]] = [
         lambda: compression({"pretrain": base, "sft": tuned, "ppo": policy}, tokenize),
         lambda: compression({name: load(folder) for name, folder in small.items()}, tokenize),
         lambda: sizes(small, ppo),
         lambda: choices(cfg, {"pretrain.choice": base, "choice": policy}, policy.prompts, validate),
-        lambda: quality(cfg, {"sft": tuned, "ppo": policy}, validate),
+        lambda: quality(cfg, {"pretrain": asked, "sft": tuned, "ppo": policy}, validate),
         lambda: bias(cfg, policy),
         lambda: preferences(cfg, judge, validate),
         lambda: gain(cfg, policy, tuned, judge, validate),
