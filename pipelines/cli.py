@@ -150,15 +150,12 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         if not any(a in ("--help", "-h") for a in sys.argv[1:]) and len(sys.argv) > 1:
             run_code_of(find_root())
-        return app(arguments)
+        return app(arguments, prog_name="forja")
     except ForjaError as e:
         from pipelines.console import fail
 
         fail(str(e))
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        print("forja: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def _stage(run: Run, name: str) -> State:
         say(f"ingest: {wanted.reason}")
         get_run_logger().info("%s: %s", wanted.action, wanted.reason)
         command = [*dvc.FORJA, "stage", "ingest"] if wanted.action != "keep" else []
-        mark = fingerprint("ingest", run.params["ingest"], "", {})
+        data = run.root / "data"
+        kept = not command and read_record(data, verify=False).fingerprint
+        mark = kept or fingerprint("ingest", run.params["ingest"], "", {})
     else:
         command = [*dvc.DVC, "repro", "--single-item", name]
         mark = "" if name == "code" else dvc.identify(run.root, name, run.params[name], code_hashes(run.root)[name])[0]

@@ -124,19 +124,27 @@ def _registered(client: Any, name: str, mark: str) -> str | None:
 
 def _register(root: Path, client: Any, name: str, parent: str | None, tags: dict[str, str]) -> str:
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     mlflow.set_experiment(EXPERIMENT)
     under = {"mlflow.parentRunId": parent} if parent else {}
-    with mlflow.start_run(run_name="promote", tags={**under, **tags, "forja.stage": "promote"}):
-        info = mlflow.pyfunc.log_model(
+    with mlflow.start_run(run_name="promote", tags={**under, **tags, "forja.stage": "promote"}) as run:
+        logged = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"model": str(root / "artifacts" / "quantize" / SERVED)},
             code_paths=[str(root / "components")],
             pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED_TO_SERVE],
         )
-        registered = mlflow.register_model(info.model_uri, name, tags=tags)
-    return str(registered.version)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        name, f"models:/{logged.model_id}", run.info.run_id, tags=tags, model_id=logged.model_id
+    )
+    return str(made.version)
 
 
 def _champion(client: Any, name: str, alias: str) -> str | None:

@@ -81,6 +81,8 @@ def _finish(outcome: Any, status: str, begun: float) -> None:
     summary(outcome.stages, outcome.gates)
     if tracker.trouble:
         fail(f"MLflow: {tracker.trouble}; what it missed is kept in .forja/stages and sent by the next `forja run`")
+    if status == "KILLED":
+        fail("interrupted; the same command goes on where this one stopped")
     if outcome.reason:
         fail(outcome.reason)
     if outcome.model:

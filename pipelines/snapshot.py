@@ -78,7 +78,7 @@ def take(root: Path, config: dict[str, Any], by: Literal["recipe", "hand"]) -> d
     config = cfg.model_dump(mode="json")
     mark = fingerprint(STAGE, config, "", {})
     diary = diary_of(root, STAGE, mark)
-    open_diary(diary, STAGE, mark, resumed=False)
+    open_diary(diary, STAGE, mark, None, resumed=False)
     try:
         with logging_to(diary, STAGE) as log:
             counts = module.ingest(cfg, root / "data", log)
@@ -87,7 +87,7 @@ def take(root: Path, config: dict[str, Any], by: Literal["recipe", "hand"]) -> d
         close_diary(diary, "failed", reason=str(e), exit_code=getattr(e, "exit_code", 1))
         raise
     shutil.copyfile(root / "data" / RECORD, diary / RECORD)
-    close_diary(diary, "finished")
+    close_diary(diary, "finished", data_version=dvc.data_version(root))
     return counts
 
 

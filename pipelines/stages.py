@@ -54,7 +54,8 @@ def run_stage(root: Path, name: str) -> None:
     mark, inputs = dvc.identify(root, name, config, code)
     scratch = root / "scratch" / f"{name}-{mark}"
     diary = diary_of(root, name, mark)
-    open_diary(diary, name, mark, resumed=scratch.is_dir() and any(scratch.iterdir()))
+    resumed = scratch.is_dir() and any(scratch.iterdir())
+    open_diary(diary, name, mark, dvc.data_version(root), resumed)
     scratch.mkdir(parents=True, exist_ok=True)
     out = root / "artifacts" / name
     arguments = {**folders, **({"scratch": scratch} if takes_scratch(module) else {})}
@@ -97,7 +98,7 @@ def update_run(diary: Path, **changes: Any) -> None:
     write_atomic(diary / "run.json", to_json({**read_run(diary), **changes}))
 
 
-def open_diary(diary: Path, stage: str, mark: str, resumed: bool) -> None:
+def open_diary(diary: Path, stage: str, mark: str, data_version: str | None, resumed: bool) -> None:
     """Begin run.json. A run that starts afresh starts an empty spool; a resumed one goes on with it."""
     diary.mkdir(parents=True, exist_ok=True)
     if not resumed:
@@ -105,6 +106,7 @@ def open_diary(diary: Path, stage: str, mark: str, resumed: bool) -> None:
     run = {
         "stage": stage,
         "fingerprint": mark,
+        "data_version": data_version,
         "started": time.time(),
         "ended": None,
         "seconds": None,

@@ -109,7 +109,7 @@ def show_status(found: dict[str, Any], as_json: bool) -> None:
     table = Table("stage", "state", "why", "key metric", "MLflow run", "Prefect task run", title="Stages")
     for s in found["stages"]:
         metric = key_metric(s["stage"], s["metrics"])
-        ids = [(s.get(k) or "-")[:8] for k in ("mlflow_run_id", "prefect_task_run_id")]
+        ids = [(s.get(k) or "-")[-12:] for k in ("mlflow_run_id", "prefect_task_run_id")]
         table.add_row(s["stage"], s["state"], "\n".join(s["reasons"]), metric, *ids)
     console.print(table)
     for key in ("recipe", "data_version", "dvc_lock", "prefect_flow_run_id", "mlflow_run_id"):

@@ -48,6 +48,7 @@ def connect(root: Path) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     with (home(root) / "mlflow.lock").open("w") as lock:  # two processes that create one database break each other
@@ -126,6 +127,8 @@ class Tracker:
         """End the parent run and wait for the thread, but not for ever."""
 
         def job() -> None:
+            if self._live and self._live.run_id:  # interrupted in the middle of a stage
+                self.client.set_terminated(self._live.run_id, "KILLED")
             _send(self.client, str(self.parent), [{"step": 0, "t": time.time(), **metrics}], set())
             for key, value in tags.items():
                 self.client.set_tag(self.parent, key, value)
@@ -209,7 +212,7 @@ def create_child(client: Any, root: Path, parent: str, diary: Path, tags: dict[s
     params = [Param(key[:250], str(value)[:6000]) for key, value in flat(config).items()]
     for i in range(0, len(params), 100):
         client.log_batch(run_id, params=params[i : i + 100])
-    if version := dvc.data_version(root):
+    if version := run["data_version"] or dvc.data_version(root):
         source = json.dumps({"file": "data.dvc", "md5": version})
         dataset = Dataset(name="data", digest=version, source_type="dvc", source=source)
         client.log_inputs(run_id, [DatasetInput(dataset, [])])
@@ -274,7 +277,7 @@ def _diary_from_artifact(root: Path, stage: str, diary: Path) -> None:
         lines = (out / "curves.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
         rows = [json.dumps({"t": 0.0, **json.loads(line)}) for line in lines]
         (diary / "spool.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    nothing = ("ended", "seconds", "peak_memory_mb", "mlflow_run_id", "prefect_flow_run_id", "prefect_task_run_id")
+    nothing = ("data_version", "ended", "seconds", "peak_memory_mb", "mlflow_run_id", "prefect_flow_run_id", "prefect_task_run_id")
     known = {"stage": stage, "fingerprint": sealed.fingerprint, "started": time.time(), "status": "finished"}
     update_run(diary, **known, **dict.fromkeys(nothing), reported=False)
 
