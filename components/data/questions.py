@@ -39,6 +39,9 @@ ANSWER = {
 # Every object is described in English; these are the shares, by hash, that get the other questions too.
 SHARES = {"describe/es": 0.25, "signature/en": 0.15, "signature/es": 0.1, "module/en": 0.1, "module/es": 0.08}
 OPERATORS = "+-*/"
+PAIR_CHARS = 120  # question and right answer: what a small model can compare
+PAIR_SHARE = 0.7  # of the short questions
+CALCULATIONS = 0.75  # of the off-topic answers to a question about an object
 DRAWS = 200  # how often to look for a fit wrong answer before a pair is left out
 
 
@@ -58,6 +61,17 @@ class Question(NamedTuple):
     def first(self) -> Message:
         """What the assistant says right after the question."""
         return self.answer[0]
+
+
+class Pool(NamedTuple):
+    """Questions of one split and language, from which wrong answers are drawn; and the problems among them."""
+
+    all: list[Question]
+    problems: list[Question]
+
+    @classmethod
+    def of(cls, asked: list[Question]) -> "Pool":
+        return cls(asked, [q for q in asked if q.topic == "problem"])
 
 
 def of_docs(docs: list[Doc], seed: int) -> list[Question]:
@@ -107,35 +121,42 @@ def of_problems(found: list[problems.Problem]) -> list[Question]:
 
 
 def preferences(asked: list[Question], seed: int) -> Iterator[tuple[Question, str, Message]]:
-    """(question, kind, rejected answer) for about half of the questions by hash; kinds take turns within a split."""
+    """(question, kind, rejected answer) for a share by hash of the short questions; kinds take turns within a split.
+
+    Wrong is the answer to another question of the same topic, a wrong number or a wrong call; cut is the right answer
+    broken off; off-topic is the answer to a question of another topic, mostly a calculation where none was asked.
+    """
     for split in ("train", "val", "test"):
         pool = sorted((q for q in asked if split_of(q.object) == split), key=lambda q: hashed(f"{seed}/{q.key}"))
-        by_lang = {lang: [q for q in pool if q.lang == lang] for lang in problems.LANGS}
-        for turn, question in enumerate(pool[::2]):
+        short = [q for q in pool if len(q.messages[0]["content"]) + len(q.first["content"]) <= PAIR_CHARS]
+        pools = {lang: Pool.of([q for q in short if q.lang == lang]) for lang in problems.LANGS}
+        for turn, question in enumerate(short[: int(len(short) * PAIR_SHARE)]):
             rng = random.Random(f"preference/{seed}/{question.key}")
             kind = KINDS[turn % len(KINDS)]
-            rejected = _rejected(question, kind, by_lang[question.lang], rng)
+            rejected = _rejected(question, kind, pools[question.lang], rng)
             if rejected is not None and rejected != question.first:
                 yield question, kind, rejected
 
 
-def _rejected(question: Question, kind: str, pool: list[Question], rng: random.Random) -> Message | None:
+def _rejected(question: Question, kind: str, pool: Pool, rng: random.Random) -> Message | None:
     if kind == "cut":
         return _cut(question.first, rng)
-    if kind == "wrong" and question.topic == "problem":
-        return _wrong_result(question, pool, rng)
-    other = _another(question, pool, rng, same_topic=kind == "wrong")
-    if other is None:
-        return None
-    if kind == "wrong" and question.topic == "module":
+    if kind == "off-topic":
+        calculate = question.topic != "problem" and rng.random() < CALCULATIONS
+        other = _another(question, pool.problems if calculate else pool.all, rng, same_topic=False)
+        return other.first if other else None
+    if question.topic == "problem":
+        return _wrong_result(question, pool.problems, rng)
+    other = _another(question, pool.all, rng, same_topic=True)
+    if other is not None and question.topic == "module":
         content = question.first["content"].replace(_module_of(question), _module_of(other))
         return {"role": "assistant", "content": content}
-    return other.first
+    return other.first if other else None
 
 
 def _another(question: Question, pool: list[Question], rng: random.Random, same_topic: bool) -> Question | None:
     """A question of the same topic, or of another one, whose subject shares no word with that of `question`."""
-    for _ in range(DRAWS):
+    for _ in range(DRAWS if pool else 0):
         other = rng.choice(pool)
         if (other.topic == question.topic) == same_topic and not other.words & question.words:
             return other
@@ -167,7 +188,7 @@ def _wrong_result(question: Question, pool: list[Question], rng: random.Random) 
     if operator and expression in question.messages[0]["content"] and rng.random() < 0.4:
         swapped = rng.choice([o for o in OPERATORS if o != operator[1]])
         return problems.call(expression.replace(operator[0], f" {swapped} ", 1))
-    other = _another(question, [q for q in pool if q.first.get("tool_calls")], rng, same_topic=True)
+    other = _another(question, pool, rng, same_topic=True)
     return other.first if other else None
 
 
