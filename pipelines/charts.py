@@ -212,6 +212,8 @@ def _grid(px: Scale, py: Scale, x_span: tuple[float, float], y_span: tuple[float
             )
         )
     for x in ticks(*x_span, count=5):
+        if x != int(x):  # there is no half step
+            continue
         parts.append(Markup('<text class="tick mid" x="{}" y="{}">{}</text>').format(px(x), HEIGHT - 9, number(x)))
     return Markup("").join(parts)
 

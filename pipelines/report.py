@@ -50,6 +50,19 @@ GATES, MEASURED, SIZES = (
     "artifacts/evaluate/metrics.json",
     "artifacts/quantize/metrics.json",
 )
+# The measures that come first, in this order, and how they are called; the others follow by name.
+MEASURES = {
+    "bits_per_byte": "bits per byte of held-out text",
+    "choice.accuracy": "four-choice accuracy",
+    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "bleu": "BLEU",
+    "reward": "mean reward",
+    "gain": "reward gained over SFT",
+    "kl": "KL to SFT, nats an answer",
+    "unfinished": "answers that never end",
+}
 MODELS = ("xz", "pretrain", "sft", "ppo", "int8", "int4")
 
 
@@ -199,8 +212,14 @@ def quality(root: Path) -> Section:
         for name in ("full", "int8", "int4")
         if f"{name}.bytes" in sizes
     ]
+    table = {MEASURES.get(m, m): table[m] for m in sorted(table, key=_place)}
     models = [m for m in MODELS if any(m in row for row in table.values())]
     return {"models": models, "table": table, "other": other, "files": files, "gaps": gaps}
+
+
+def _place(measure: str) -> tuple[int, str]:
+    known = list(MEASURES)
+    return (known.index(measure) if measure in known else len(known), measure)
 
 
 def lineage(root: Path) -> Section:

@@ -27,6 +27,8 @@ def test_a_line_goes_where_its_values_are() -> None:
     assert "none" not in drawn and "nan" not in drawn
     assert "No values yet." in line_chart("t", [Series("a", [(0, math.inf)])])
     assert line_chart("t", [Series("flat", [(3, 5)])])
+    steps = line_chart("t", [Series("a", [(1, 5), (3, 9)])])
+    assert re.findall(r'class="tick mid"[^>]*>([^<]+)<', steps) == ["1", "2", "3"]
 
 
 def test_drawn_text_is_escaped() -> None:

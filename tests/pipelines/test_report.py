@@ -204,7 +204,11 @@ def test_whole_run(checkout: Path) -> None:
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
     assert "12 contaminated; 100 duplicate" in section(checkout, "data")
     assert "34,500" in section(checkout, "data")  # five tables of 6,900 kept rows under one licence
-    assert "0.36 to 0.47, n = 300" in section(checkout, "quality")
+    quality = section(checkout, "quality")
+    assert "0.36 to 0.47, n = 300" in quality
+    assert (
+        quality.index("bits per byte") < quality.index("four-choice") < quality.index("ROUGE-L") < quality.index("bias")
+    )
     assert "6 min 00 s in all" in section(checkout, "cost")  # ingest and 8 stages, 4 + 9 i seconds: 36 + 9 * 36 = 360
     for i in range(9):
         assert f"{i:x}a" * 16 in section(checkout, "lineage")
