@@ -13,7 +13,7 @@ from markupsafe import Markup
 Scale = Callable[[float], float]  # a value to its place in the drawing
 
 WIDTH, HEIGHT = 480, 236
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 32, 30
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 32, 30
 SLOTS = 160  # points drawn per line; a longer curve is averaged in bins and its range shown as a band
 TIPS = 40  # columns that answer to the pointer
 

@@ -23,7 +23,7 @@ def test_a_line_goes_where_its_values_are() -> None:
     drawn = line_chart("t", [Series("a", [(0, 0), (1, 1), (2, math.nan)]), Series("none", [])])
     found = re.search(r'class="line c0" d="M(\S+) (\S+?)L(\S+) (\S+?)"', drawn)
     x0, y0, x1, y1 = map(float, found.groups())  # type: ignore[union-attr]
-    assert (x0, x1) == (50, 468) and y0 > y1  # from edge to edge, and up, for SVG counts y downwards
+    assert (x0, x1) == (62, 468) and y0 > y1  # from edge to edge, and up, for SVG counts y downwards
     assert "none" not in drawn and "nan" not in drawn
     assert "No values yet." in line_chart("t", [Series("a", [(0, math.inf)])])
     assert line_chart("t", [Series("flat", [(3, 5)])])
