@@ -195,9 +195,17 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        y = self.head(self.hidden(ids, positions=positions, mask=mask, cache=cache)).float()
+        """With `at` [B, T] boolean, the n positions where it is True alone, as [n, vocab] or [n]: a head costs most."""
+        hidden = self.hidden(ids, positions=positions, mask=mask, cache=cache)
+        y = self.head(hidden if at is None else hidden[at]).float()
         return y.squeeze(-1) if self.config.head == "scalar" else y
 
 

@@ -25,7 +25,7 @@ from components.model.checkpoint import TOKENIZER, load, save
 from components.model.engine import Engine, Optim, device
 from components.model.generate import generate
 from components.model.gpt import GPT
-from components.model.losses import next_logprobs, pad_right
+from components.model.losses import pad_right, picked_logprobs
 from components.train.reward import score
 from components.train.samples import write_samples
 
@@ -116,6 +116,12 @@ def next_kl_coef(coef: float, kl: float, target: float | None) -> float:
     return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
+def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """log p [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
+    out = logits.new_zeros(mask.shape)
+    return out.masked_scatter(mask, picked_logprobs(logits, ids[:, 1:][mask]))
+
+
 def roll_out(
     policy: GPT,
     reference: GPT,
@@ -142,13 +148,13 @@ def roll_out(
 
     parts: dict[str, list[Tensor]] = {"logprobs": [], "reference": [], "values": [], "entropy": []}
     with torch.no_grad():
-        for chunk in ids.chunk(cfg.minibatches):
-            logits = policy(chunk)
-            spread = torch.log_softmax(logits[:, :-1], dim=-1)
+        for chunk, own in zip(ids.chunk(cfg.minibatches), mask.chunk(cfg.minibatches), strict=True):
+            logits = policy(chunk[:, :-1], at=own)
+            spread = torch.log_softmax(logits, dim=-1)
             parts["entropy"].append(-(spread.exp() * spread).sum(-1))
-            parts["logprobs"].append(next_logprobs(logits, chunk))
-            parts["reference"].append(next_logprobs(reference(chunk), chunk))
-            parts["values"].append(value(chunk)[:, :-1])
+            parts["logprobs"].append(answer_logprobs(logits, chunk, own))
+            parts["reference"].append(answer_logprobs(reference(chunk[:, :-1], at=own), chunk, own))
+            parts["values"].append(value(chunk[:, :-1]))
     logprobs, ref, values, entropy = (torch.cat(p) for p in parts.values())
     finished = torch.tensor([a[-1] == end for a in answers], device=ids.device)
     scores = score(reward, sequences, pad).to(ids.device)
@@ -158,7 +164,7 @@ def roll_out(
     metrics = {
         "reward": float(scores.mean()),
         "kl": float(((logprobs - ref) * mask).sum(1).mean()),
-        "entropy": float((entropy * mask).sum() / mask.sum()),
+        "entropy": float(entropy.mean()),
         "length": float(mask.sum(1).float().mean()),
         "unfinished": float((~finished).float().mean()),
         "perf/rollout_s": sampled - started,
@@ -185,10 +191,10 @@ def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg:
             total = float(r.mask[piece].sum())
             for part in engine.split(piece.tolist(), policy.micro):
                 ids, mask = r.ids[part], r.mask[part]
-                new = next_logprobs(policy.ds(ids), ids)
+                new = answer_logprobs(policy.ds(ids[:, :-1], at=mask), ids, mask)
                 loss, clipped = policy_loss(new, r.logprobs[part], advantages[part], mask, cfg.clip_ratio)
                 policy.step(loss, total)
-                judged = value.ds(ids)[:, :-1]
+                judged = value.ds(ids[:, :-1])
                 v_loss = value_loss(judged, r.values[part], returns[part], mask, cfg.clip_value)
                 value.step(v_loss, total)
                 sums["policy_loss"] += float(loss.detach())

@@ -52,12 +52,11 @@ def examples(
 
 
 def answer_loss(model: nn.Module, items: Sequence[Example], pad: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The summed cross-entropy in nats of the assistant's tokens; every other position weighs nothing."""
+    """The summed cross-entropy in nats of the assistant's tokens; the head reads no other."""
     ids = pad_right([ids for ids, _ in items], pad, device())
     said = pad_right([said for _, said in items], 0, device()).bool()
-    targets = ids[:, 1:].masked_fill(~said[:, 1:], -100)
-    logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"), {}
+    logits = model(ids[:, :-1], at=said[:, 1:])
+    return F.cross_entropy(logits, ids[:, 1:][said[:, 1:]], reduction="sum"), {}
 
 
 def run(cfg: Config, validate: Path, pretrain: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
