@@ -72,6 +72,7 @@ def ingest(
 
     root = find_root()
     with only_writer(root):
+        dvc.allow_without_git(root)
         inforce = dvc.read_yaml(root / "params.yaml") or recipes.compose(root, DEMO, [])
         asked = {"source": source if source == "python-docs" else str(Path(source).resolve()), "package": package}
         counts = snapshot.take(root, {**inforce["ingest"], **asked}, by="hand")

@@ -1,6 +1,7 @@
 """DVC, seen from forja: the graph in dvc.yaml, what dvc.lock says, and its commands as child processes."""
 
 import hashlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from pipelines.identity import STAGES, code_hashes
 DVC = [sys.executable, "-m", "dvc"]
 FORJA = [sys.executable, "-m", "pipelines.cli"]
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def allow_without_git(root: Path) -> None:
+    """Where the checkout is no git repository, tell DVC so in its local configuration; else it would not start."""
+    if not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        subprocess.run(  # noqa: S603
+            [*DVC, "config", "--local", "core.no_scm", "true"], cwd=root, capture_output=True, check=False
+        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -75,10 +84,11 @@ def lock_hash(root: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def stale(root: Path, params: dict[str, Any]) -> dict[str, list[str]]:
+def stale(root: Path, params: dict[str, Any], new_data: bool = False) -> dict[str, list[str]]:
     """{stage: reasons why DVC would run it under `params`}, in the order of the chain; no reason means fresh.
 
-    Compares data.dvc, params, code and the hashes in dvc.lock; it does not look into the artifacts.
+    Compares data.dvc, params, code and the hashes in dvc.lock; it does not look into the artifacts. `new_data` says
+    that data/ will be ingested first.
     """
     lock, code = locked(root), code_hashes(root)
     graph = read_yaml(root / "dvc.yaml")["stages"]
@@ -98,7 +108,7 @@ def stale(root: Path, params: dict[str, Any]) -> dict[str, list[str]]:
             reasons.append("its code changed")
         for dep in entry.get("deps", []):
             name = Path(dep["path"]).name
-            if found.get(name):
+            if found.get(name) or (name == "data" and new_data):
                 reasons.append(f"input {name} is made anew")
             elif dep["md5"] != now.get(name):
                 reasons.append(f"input {name} changed")

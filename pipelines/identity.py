@@ -7,6 +7,7 @@ written out.
 
 import ast
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Module(NamedTuple):
 def code_hashes(root: Path, package: str = "components") -> dict[str, str]:
     """{stage: sha256 over its modules, in the order of their names}. Raises ForjaError where code does not parse."""
     modules = {_name(root, p): p for p in sorted((root / package).rglob("*.py"))}
-    parsed = {name: _parse(path, name, set(modules)) for name, path in modules.items()}
+    known = frozenset(modules)
+    parsed = {name: _parse(path, path.read_bytes(), name, known) for name, path in modules.items()}
     return {stage: _hash(module, parsed) for stage, module in MODULES.items()}
 
 
@@ -53,9 +55,10 @@ def _name(root: Path, path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _parse(path: Path, name: str, known: set[str]) -> Module:
+@lru_cache(maxsize=1024)
+def _parse(path: Path, text: bytes, name: str, known: frozenset[str]) -> Module:
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(text)
     except SyntaxError as e:
         raise ForjaError(f"{path}:{e.lineno}: {e.msg}; mend the file") from None
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]

@@ -16,6 +16,7 @@ from pipelines.identity import STAGES, code_hashes
 from pipelines.track import EXPERIMENT, connect
 
 SERVED = "int8"  # the folder of artifacts/quantize that is registered
+SAMPLING = {"lang": "en", "max_new_tokens": 64, "temperature": 0.0, "seed": 0}  # what a caller of it may set
 NEEDED_TO_SERVE = ("mlflow", "torch", "tokenizers", "safetensors", "pydantic", "numpy")
 
 
@@ -134,6 +135,7 @@ def _register(root: Path, client: Any, name: str, parent: str | None, tags: dict
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"model": str(root / "artifacts" / "quantize" / SERVED)},
             code_paths=[str(root / "components")],
+            input_example=(["What does json.dumps do?"], SAMPLING),
             pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED_TO_SERVE],
         )
     try:

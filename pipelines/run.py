@@ -22,6 +22,7 @@ def run(root: Path, recipe: Path, sets: list[str], verbose: bool) -> int:
     3 a gate does not hold. Raises Locked when another run holds the checkout."""
     with only_writer(root):
         params = use(root, recipe, sets)
+        dvc.allow_without_git(root)
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO" if verbose else "CRITICAL"
         signal.signal(signal.SIGTERM, _terminated)
         begun = time.time()

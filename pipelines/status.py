@@ -24,8 +24,7 @@ def plan(root: Path, params: dict[str, Any]) -> list[dict[str, Any]]:
     remade = [] if wanted.action == "keep" else [wanted.reason]
     entries = [{"stage": "ingest", "action": wanted.action, "reasons": remade, **_cost(root, "ingest")}]
     known = {"data": digest(root / "data")} if wanted.action == "keep" else {}
-    for stage, found in dvc.stale(root, params).items():
-        reasons = found + (["input data is made anew"] if remade and "data" in dvc.inputs_of(root, stage) else [])
+    for stage, reasons in dvc.stale(root, params, new_data=wanted.action == "ingest").items():
         inputs = {name: known.get(name) for name in dvc.inputs_of(root, stage)}
         action = "run" if reasons else "keep"
         if all(inputs.values()):

@@ -277,7 +277,15 @@ def _diary_from_artifact(root: Path, stage: str, diary: Path) -> None:
         lines = (out / "curves.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
         rows = [json.dumps({"t": 0.0, **json.loads(line)}) for line in lines]
         (diary / "spool.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    nothing = ("data_version", "ended", "seconds", "peak_memory_mb", "mlflow_run_id", "prefect_flow_run_id", "prefect_task_run_id")
+    nothing = (
+        "data_version",
+        "ended",
+        "seconds",
+        "peak_memory_mb",
+        "mlflow_run_id",
+        "prefect_flow_run_id",
+        "prefect_task_run_id",
+    )
     known = {"stage": stage, "fingerprint": sealed.fingerprint, "started": time.time(), "status": "finished"}
     update_run(diary, **known, **dict.fromkeys(nothing), reported=False)
 

@@ -1,0 +1,161 @@
+"""The whole chain, small and real: conf/smoke.yaml through `forja run` in a clone, and then through every claim.
+
+One test, because each step stands on the one before; a clone of its own, because it writes.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toy import ROOT
+
+SMOKE = ("--recipe", "conf/smoke.yaml")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git tracks or would track, in a repository of their own."""
+    to = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file() and name not in ("params.yaml", "data.dvc", "dvc.lock"):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=to, check=True)
+    return to
+
+
+def call(clone: Path, *command: str, status: int = 0) -> str:
+    """Run a command with this interpreter's environment, in the clone."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FORJA_", "MLFLOW_", "PREFECT_", "DVC_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=clone,
+        env={**kept, "PATH": path, "PYTHONPATH": str(clone), "FORJA_DEVICE": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def forja(clone: Path, *arguments: str, status: int = 0) -> str:
+    return call(clone, "pipelines.cli", *arguments, status=status)
+
+
+def last_run(clone: Path) -> dict[str, Any]:
+    runs = [json.loads(p.read_text()) for p in (clone / ".forja" / "runs").glob("*.json")]
+    return max(runs, key=lambda run: float(run["started"]))
+
+
+def states(clone: Path) -> dict[str, str]:
+    return {stage["name"]: stage["state"] for stage in last_run(clone)["stages"]}
+
+
+STAGES = ["validate", "tokenize", "pretrain", "sft", "reward", "ppo", "quantize", "evaluate"]
+CACHED = dict.fromkeys(["ingest", *STAGES], "cached")
+
+
+def test_the_chain(clone: Path) -> None:
+    # A clean clone: every stage runs, the gates hold, the model is champion.
+    forja(clone, "run", *SMOKE)
+    first = last_run(clone)
+    assert states(clone) == dict.fromkeys(["ingest", *STAGES], "ran")
+    assert first["verdict"] == "promote" and first["model_version"] == "1"
+    assert all(gate["passed"] for gate in first["gates"])
+    lock = (clone / "dvc.lock").read_bytes()
+    check_prefect(clone, first)
+    check_mlflow(clone, first)
+
+    # Nothing changed: DVC's own door runs no stage but `code`, and a comment is no change.
+    helper = clone / "components" / "train" / "loop.py"
+    helper.write_text(helper.read_text() + "\n# A comment.\n")
+    out = call(clone, "dvc", "repro")
+    assert [line for line in out.split("\n") if line.startswith("Running stage")] == ["Running stage 'code':"]
+    assert all(f"Stage '{name}' didn't change, skipping" in out for name in STAGES)
+
+    # A parameter redoes its stage and what follows, and a gate that does not hold promotes nothing.
+    plan = forja(clone, "plan", *SMOKE, "--set", "evaluate.gates[0].above=1e9", "--set", "quantize.int4_group=16")
+    assert "quantize.int4_group: 32 -> 16" in plan
+    held = ("--set", "evaluate.gates=[{name: never, metric: rouge, at_least: 1}]", "--set", "quantize.int4_group=16")
+    out = forja(clone, "run", *SMOKE, *held, status=3)
+    assert "not promoted: never: no metric rouge" in out
+    assert states(clone) == {**CACHED, "quantize": "ran", "evaluate": "ran"}
+    assert last_run(clone)["verdict"] == "hold"
+    forja(clone, "promote", status=3)
+
+    # Back again: DVC restores what it had, and the champion is the same version.
+    forja(clone, "run", *SMOKE)
+    assert states(clone) == CACHED
+    assert (clone / "dvc.lock").read_bytes() == lock
+    assert last_run(clone)["model"] == {**first["model"], "new": False}
+    found = json.loads(forja(clone, "status", "--json"))
+    assert {stage["state"] for stage in found["stages"]} == {"fresh"}
+    assert all(stage["mlflow_run_id"] and stage["prefect_task_run_id"] for stage in found["stages"])
+
+    # The champion speaks, and the report is written.
+    assert forja(clone, "generate", "What does json.dumps do?", "--max-tokens", "8") is not None
+    forja(clone, "report")
+    assert (clone / "report.html").stat().st_size > 10_000
+
+
+def check_prefect(clone: Path, run: dict[str, Any]) -> None:
+    """The flow run and its tasks, as Prefect's database keeps them."""
+    with sqlite3.connect(f"file:{clone}/.forja/prefect/prefect.db?mode=ro", uri=True) as db:
+        flows = db.execute("select id, state_name from flow_run").fetchall()
+        tasks = db.execute("select name, state_name, task_version from task_run").fetchall()
+        (markdown,) = db.execute("select data from artifact where key = 'forja-gates'").fetchone()
+        (logged,) = db.execute("select count(*) from log").fetchone()
+    assert flows == [(run["prefect_flow_run_id"], "Completed")]
+    assert {name: state for name, state, _ in tasks} == dict.fromkeys(
+        ["ingest", "code", *STAGES, "promote"], "Completed"
+    )
+    code = yaml.safe_load((clone / "code.yaml").read_text())
+    assert {name: version for name, _, version in tasks if name in code} == {k: v[:16] for k, v in code.items()}
+    assert run["mlflow_run_id"] in markdown and logged > len(STAGES)
+
+
+def check_mlflow(clone: Path, run: dict[str, Any]) -> None:
+    """A parent run, a child a stage with its curve, and the registered model with its alias."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{clone}/.forja/mlflow.db")
+    parent = client.get_run(run["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["forja.prefect_flow_run_id"] == run["prefect_flow_run_id"]
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.\"mlflow.parentRunId\" = '{parent.info.run_id}'", max_results=100
+    )
+    assert sorted(c.info.run_name for c in children) == sorted(["ingest", *STAGES, "promote"])
+    assert {c.info.status for c in children} == {"FINISHED"}
+    lock = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    for child in children:
+        stage = child.info.run_name
+        if stage in STAGES:
+            assert child.data.tags["forja.dvc_out"] == lock[stage]["outs"][0]["md5"]
+            assert child.inputs.dataset_inputs[0].dataset.digest == run["data_version"]
+        if stage in ("pretrain", "sft", "reward", "ppo"):
+            text = (clone / "artifacts" / stage / "curves.jsonl").read_text()
+            rows = [json.loads(line) for line in text.split("\n") if line]
+            key = "kl" if stage == "ppo" else "loss"
+            kept = [(row["step"], row[key]) for row in rows if key in row]
+            assert [(m.step, m.value) for m in client.get_metric_history(child.info.run_id, key)] == kept
+    champion = client.get_model_version_by_alias("forja", "champion")
+    assert champion.version == 1 or champion.version == "1"
+    assert champion.tags["forja.data"] == run["data_version"]
+    assert champion.tags["forja.dvc_lock"] == run["dvc_lock"]
