@@ -82,7 +82,7 @@ def _words(metrics: Metrics, step: int, left: float | None) -> str:
     said = [f"step {step}"]
     said += [f"{key} {metrics[key]:.4g}" for key in LEADING if key in metrics]
     for key, value in metrics.items():
-        if key.startswith("perf/") and key.endswith("_per_second"):
+        if key.startswith("perf/") and key.endswith("_per_s"):
             said.append(f"{value:,.0f} {key.removeprefix('perf/').removesuffix('_per_second')}/s")
     if "progress" in metrics and not console.is_terminal:
         said.append(f"{metrics['progress']:.0%}")

@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from components.artifact import ForjaError
+
 SEPARATOR, END, CALL, RESULT = "<|endoftext|>", "<|end|>", "<|call|>", "<|result|>"
 SPECIAL = [SEPARATOR, END, CALL, RESULT]
 
@@ -23,7 +25,11 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def special(tokenizer: Tokenizer, name: str) -> int:
-    return tokenizer.token_to_id(name)
+    """The id of a special token. Raises ForjaError where the tokenizer is not one of forja's."""
+    found = tokenizer.token_to_id(name)
+    if found is None:
+        raise ForjaError(f"tokenizer.json: it has no token {name}; make one with the tokenize stage")
+    return int(found)
 
 
 def encode(

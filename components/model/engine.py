@@ -46,7 +46,7 @@ class Optim(BaseModel, frozen=True, extra="forbid"):
 
 def device() -> torch.device:
     wanted = os.environ.get("FORJA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted, int(os.environ.get("LOCAL_RANK", "0")) if wanted == "cuda" else None)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else wanted)
 
 
 def world() -> tuple[int, int]:
@@ -88,7 +88,9 @@ class Engine:
         self.optim, self.micro = optim, micro_batch(batch)
         zero = int(os.environ.get("FORJA_ZERO", "0"))
         if zero and optim.matrix_lr is not None:
-            raise ForjaError(f"FORJA_ZERO={zero}: cuts matrices into pieces, which Muon needs whole; set matrix_lr=null")
+            raise ForjaError(
+                f"FORJA_ZERO={zero}: cuts matrices into pieces, which Muon needs whole; set matrix_lr=null"
+            )
         self.ds, *_ = deepspeed.initialize(
             model=model.to(device()),
             optimizer=_optimiser(model, optim),
@@ -102,7 +104,6 @@ class Engine:
                 "steps_per_print": 1 << 60,
             },
         )
-        self.model: nn.Module = self.ds.module
         self.grad_norm = 0.0  # the global norm before clipping, of the last step taken
 
     def set_rate(self, part: float) -> None:
@@ -121,7 +122,7 @@ class Engine:
         accumulation = self.ds.gradient_accumulation_steps()
         self.ds.backward(loss_sum * (accumulation * world()[1] / total))
         if self.ds.is_gradient_accumulation_boundary():  # before they are clipped and cleared
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
             self.grad_norm = float(nn.utils.get_total_norm(grads))
         self.ds.step()
 
@@ -154,9 +155,7 @@ def _deepspeed() -> Any:
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
                 port = s.getsockname()[1]
-            os.environ.update(
-                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            )
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         deepspeed.init_distributed(
             dist_backend="nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )

@@ -40,9 +40,7 @@ def picked_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_logprobs(
-    model: GPT, sequences: Sequence[Sequence[int]], pad: int, batch_tokens: int = 8192
-) -> list[Tensor]:
+def token_logprobs(model: GPT, sequences: Sequence[Sequence[int]], pad: int, batch_tokens: int = 8192) -> list[Tensor]:
     """log p of the tokens 1..n-1 of each sequence, float32 on the CPU, in the order given."""
     device = model.wte.weight.device
     out: list[Tensor] = [torch.empty(0)] * len(sequences)

@@ -81,7 +81,7 @@ def fit(
         metrics |= {"lr": cfg.lr * rate, "grad_norm": trained.grad_norm, "progress": done / cfg.steps}
         metrics["perf/items_per_s"] = seen / (time.perf_counter() - started)
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            metrics |= {f"val_{k}": v for k, v in validate(trained.model).items()}
+            metrics |= {f"val_{k}": v for k, v in validate(model).items()}
         log(metrics, done)
         if done % cfg.save_every == 0 and done < cfg.steps:
             engine.save(scratch, done, {"model": trained}, {})

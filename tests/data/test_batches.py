@@ -28,7 +28,7 @@ def test_windows_are_pieces_of_the_shard(tmp_path: Path) -> None:
     starts = [int(w[0]) for w in epoch]
     assert all(w.tolist() == list(range(s, s + 11)) for w, s in zip(epoch, starts, strict=True))
     assert len({s % 10 for s in starts}) == 1 and len(set(starts)) == 8  # one offset an epoch, no window twice
-    assert [w.tolist() for w in windows(shard, 10, 5, 2, 3)][0] == epoch[6].tolist()
+    assert windows(shard, 10, 5, 2, 3)[0].tolist() == epoch[6].tolist()
 
 
 def test_a_shard_too_short_is_named(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_resumed_is_undisturbed(change: dict, tiny: GPTConfig, tmp_path: Path) -
     again = Engine(GPT(tiny), optim, 8)
     assert engine.resume(tmp_path, {"model": again}) == {"step": 3, "kl_coef": 0.1}
     assert steps(again, 3, 6) == losses
-    for name, p in whole.model.state_dict().items():
-        assert torch.equal(p, again.model.state_dict()[name]), name
+    for name, p in whole.ds.module.state_dict().items():
+        assert torch.equal(p, again.ds.module.state_dict()[name]), name
 
 
 def test_the_newest_whole_checkpoint_is_used(tiny: GPTConfig, tmp_path: Path) -> None:

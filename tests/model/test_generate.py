@@ -48,7 +48,9 @@ def test_sampling_follows_the_probabilities(tiny: GPTConfig) -> None:
     share = torch.bincount(torch.tensor([d[0] for d in drawn]), minlength=40) / 4000
     assert (share - probs).abs().max() < 0.03
     likeliest = set(probs.topk(3).indices.tolist())
-    assert {d[0] for d in generate(model, [[1]] * 200, max_new_tokens=1, stop=-1, temperature=1.0, top_k=3)} <= likeliest
+    assert {
+        d[0] for d in generate(model, [[1]] * 200, max_new_tokens=1, stop=-1, temperature=1.0, top_k=3)
+    } <= likeliest
     assert {d[0] for d in generate(model, [[1]] * 50, max_new_tokens=1, stop=-1, temperature=1.0, top_p=1e-6)} == {
         int(probs.argmax())
     }

@@ -40,7 +40,7 @@ def test_the_loss_is_of_the_answers_alone(model: GPT) -> None:
         logits = model(torch.tensor([ids]))[0]
         for t in range(1, len(ids)):
             if said[t]:
-                want += float(F.cross_entropy(logits[t - 1][None], torch.tensor([ids[t]])))
+                want += F.cross_entropy(logits[t - 1][None], torch.tensor([ids[t]])).item()
     assert float(answer_loss(model, items, 0)[0].detach()) == pytest.approx(want, abs=1e-4)
 
 
