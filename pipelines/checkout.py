@@ -37,8 +37,6 @@ def set_environment() -> None:
     """
     os.environ.update(QUIET)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Threads that wait by spinning fight over busy cores: beside one other training a step took 20 times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def find_root(start: Path | None = None) -> Path:
