@@ -4,63 +4,18 @@ One test, because each step stands on the one before; a clone of its own, becaus
 """
 
 import json
-import os
-import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from toy import ROOT
-
-SMOKE = ("--recipe", "conf/smoke.yaml")
+from cloned import SMOKE, call, clone_to, forja, last_run
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that git tracks or would track, in a repository of their own."""
-    to = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in listed.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file() and name not in ("params.yaml", "data.dvc", "dvc.lock"):
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, to / name)
-    subprocess.run(["git", "init", "--quiet"], cwd=to, check=True)
-    return to
-
-
-def call(clone: Path, *command: str, status: int = 0) -> str:
-    """Run a command with this interpreter's environment, in the clone."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FORJA_", "MLFLOW_", "PREFECT_", "DVC_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=clone,
-        env={**kept, "PATH": path, "PYTHONPATH": str(clone), "FORJA_DEVICE": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout
-    return done.stdout
-
-
-def forja(clone: Path, *arguments: str, status: int = 0) -> str:
-    return call(clone, "pipelines.cli", *arguments, status=status)
-
-
-def last_run(clone: Path) -> dict[str, Any]:
-    runs = [json.loads(p.read_text()) for p in (clone / ".forja" / "runs").glob("*.json")]
-    return max(runs, key=lambda run: float(run["started"]))
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    return clone_to(tmp_path)
 
 
 def states(clone: Path) -> dict[str, str]:
