@@ -2,7 +2,8 @@
 
 The preset `gpt` is the classic decoder (Radford et al. 2019): pre-norm, learned positions, GELU, the head tied to the
 token embedding. The other options are its heirs': RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021),
-SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK norm.
+SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK norm, and the
+smeared embedding of the speedrun of nanoGPT (Jordan et al. 2025), a token shift as in RWKV (Peng et al. 2023).
 """
 
 import math
@@ -30,6 +31,7 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     bias: bool
     tied: bool
     rope_theta: float
+    smear: bool  # a learned share of the previous token's embedding: one layer fewer to learn to copy
 
 
 class GPTConfig(Shape, frozen=True, extra="forbid"):
@@ -45,6 +47,7 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.v = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.filled = 0
+        self.last: Tensor | None = None  # [B, 1] the newest token, for the smear of the one behind it
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, kv_heads, T, head] behind what is filled; return all keys and values so far."""
@@ -56,6 +59,7 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop every sequence but `rows` (indices): finished ones leave the batch."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.last = None if self.last is None else self.last[rows]
 
 
 def make_norm(config: Shape, width: int) -> nn.Module:
@@ -147,6 +151,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.width)
         self.wpe = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.smear = nn.Parameter(torch.zeros(config.width)) if config.smear else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = make_norm(config, config.width)
         if config.head == "scalar":
@@ -183,6 +188,11 @@ class GPT(nn.Module):
                 raise ValueError(f"{start + T} tokens do not fit the context of {self.config.context}")
             positions = torch.arange(start, start + T, device=ids.device)
         x = self.wte(ids)
+        if self.smear is not None:
+            first = ids[:, :1] if cache is None or cache.last is None else cache.last
+            before = torch.cat((first, ids[:, :-1]), dim=1)
+            # A text's first token has none before it; padding on the left is not text.
+            x = x + self.wte(before) * self.smear * (positions > 0)[..., None]
         rope = None
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -192,6 +202,7 @@ class GPT(nn.Module):
             x = block(x, rope, mask, cache, layer)
         if cache is not None:
             cache.filled += T
+            cache.last = ids[:, -1:]
         return self.norm(x)
 
     def forward(

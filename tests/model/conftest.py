@@ -26,6 +26,7 @@ def tiny() -> GPTConfig:
         bias=True,
         tied=True,
         rope_theta=10000.0,
+        smear=False,
         vocab_size=40,
         head="lm",
     )
@@ -34,5 +35,12 @@ def tiny() -> GPTConfig:
 @pytest.fixture
 def modern(tiny: GPTConfig) -> GPTConfig:
     """The heirs' options at once."""
-    heirs = {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "bias": False}
+    heirs = {
+        "norm": "rms",
+        "positions": "rotary",
+        "activation": "swiglu",
+        "qk_norm": True,
+        "bias": False,
+        "smear": True,
+    }
     return tiny.model_copy(update=heirs | {"kv_heads": 1, "tied": False})

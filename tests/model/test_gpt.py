@@ -35,6 +35,8 @@ def test_the_preset_is_gpt2(tiny: GPTConfig) -> None:
 def test_a_cache_changes_nothing(which: str, request: pytest.FixtureRequest) -> None:
     config: GPTConfig = request.getfixturevalue(which)
     model = GPT(config).eval()
+    if model.smear is not None:
+        torch.nn.init.normal_(model.smear)  # it starts at zero, which would hide it
     ids = torch.randint(0, 40, (2, 12))
     cache = KVCache(config, 2, 12, model.wte.weight)
     with torch.no_grad():

@@ -50,6 +50,7 @@ def make_model(tokenizer: Tokenizer, *, seed: int, head: str = "lm", tied: bool 
         bias=True,
         tied=tied,
         rope_theta=10000.0,
+        smear=False,
         head=head,
     )
     model = GPT(config)

@@ -20,7 +20,7 @@ def model() -> GPT:
     torch.manual_seed(0)
     shape = {"context": 32, "layers": 1, "width": 16, "heads": 2, "kv_heads": 2, "mlp_width": 32}
     options = {"norm": "layer", "positions": "rotary", "activation": "gelu", "qk_norm": False, "bias": True}
-    return GPT(GPTConfig(**shape, **options, tied=True, rope_theta=1e4, vocab_size=300, head="lm")).eval()  # type: ignore[arg-type]
+    return GPT(GPTConfig(**shape, **options, tied=True, rope_theta=1e4, smear=True, vocab_size=300, head="lm")).eval()  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
