@@ -217,6 +217,7 @@ def _markdown(run: Run) -> str:
         f"| {'holds' if g['passed'] else '**does not hold**'} |"
         for g in run.gates
     ]
+    page = f"http://127.0.0.1:5000/#/experiments/{run.tracker.experiment}/runs/{run.tracker.parent}"
     model = f"{run.model.name} version {run.model.version}, alias {run.model.alias}" if run.model else "not promoted"
     return "\n".join(
         [
@@ -227,8 +228,7 @@ def _markdown(run: Run) -> str:
             "",
             f"- recipe {run.params['recipe']}, data `{dvc.data_version(run.root)}`",
             f"- results `dvc.lock` {dvc.lock_hash(run.root)}",
-            f"- MLflow parent run `{run.tracker.parent}`: [open](http://127.0.0.1:5000/#/runs/{run.tracker.parent})"
-            " while `forja ui` runs",
+            f"- MLflow parent run `{run.tracker.parent}`: [open]({page}) while `forja ui` runs",
             "- the whole run as one page: `forja report --open`",
         ]
     )

@@ -71,7 +71,7 @@ def compose(root: Path, recipe: Path, sets: list[str]) -> Params:
 
 
 def _load(root: Path, recipe: Path, seen: tuple[Path, ...]) -> DictConfig:
-    path = next((p for p in (recipe, root / recipe) if p.is_file()), None)
+    path = next((p for p in (root / recipe, recipe) if p.is_file()), None)
     if path is None:
         known = sorted(p.relative_to(root).as_posix() for p in (root / "conf").glob("*.yaml"))
         raise ForjaError(f"{recipe}: no such recipe{_closest(str(recipe), known) or '; see ' + ', '.join(known)}")

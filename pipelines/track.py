@@ -57,7 +57,8 @@ def connect(root: Path) -> Any:
         client = mlflow.MlflowClient()
         if client.get_experiment_by_name(EXPERIMENT) is None:
             place = None if uri.startswith("http") else (home(root) / "mlartifacts").as_uri()
-            client.create_experiment(EXPERIMENT, artifact_location=place)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show curves first
+            client.create_experiment(EXPERIMENT, artifact_location=place, tags=kind)
     return client
 
 
@@ -84,6 +85,7 @@ class Tracker:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.client: Any = None
+        self.experiment: str | None = None
         self.parent: str | None = None
         self.trouble: str | None = None
         self._live: Live | None = None
@@ -149,6 +151,7 @@ class Tracker:
 
     def _connect(self) -> None:
         self.client = connect(self.root)
+        self.experiment = experiment_id(self.client)
         close_dead_runs(self.root, self.client)
 
     def _work(self) -> None:
