@@ -37,6 +37,7 @@ def set_environment() -> None:
     """
     os.environ.update(QUIET)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp: a glance before they sleep, a sixth faster when alone
 
 
 def find_root(start: Path | None = None) -> Path:

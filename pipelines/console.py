@@ -83,7 +83,7 @@ def _words(metrics: Metrics, step: int, left: float | None) -> str:
     said += [f"{key} {metrics[key]:.4g}" for key in LEADING if key in metrics]
     for key, value in metrics.items():
         if key.startswith("perf/") and key.endswith("_per_s"):
-            said.append(f"{value:,.0f} {key.removeprefix('perf/').removesuffix('_per_second')}/s")
+            said.append(f"{value:,.0f} {key.removeprefix('perf/').removesuffix('_per_s')}/s")
     if "progress" in metrics and not console.is_terminal:
         said.append(f"{metrics['progress']:.0%}")
     if left is not None:

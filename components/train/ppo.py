@@ -116,6 +116,12 @@ def next_kl_coef(coef: float, kl: float, target: float | None) -> float:
     return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
+def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [n, T] and mask [n, T-1] without the columns in which every row is padding."""
+    width = int(mask.any(0).nonzero().max()) + 1
+    return ids[:, : width + 1], mask[:, :width]
+
+
 def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """log p [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
     out = logits.new_zeros(mask.shape)
@@ -139,24 +145,28 @@ def roll_out(
         policy, prompts, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=cfg.temperature, seed=seed
     )
     sampled = time.perf_counter()
-    sequences = [p + a for p, a in zip(prompts, answers, strict=True)]
+    # In the order of length, so that a minibatch holds like lengths and little padding.
+    both = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+    sequences = [p + a for p, a in both]
     ids = pad_right(sequences, pad, device())
     position = torch.arange(1, ids.shape[1], device=ids.device)
-    first = torch.tensor([len(p) for p in prompts], device=ids.device)[:, None]
+    first = torch.tensor([len(p) for p, _ in both], device=ids.device)[:, None]
     last = torch.tensor([len(s) for s in sequences], device=ids.device)[:, None]
     mask = (position >= first) & (position < last)
 
-    parts: dict[str, list[Tensor]] = {"logprobs": [], "reference": [], "values": [], "entropy": []}
+    logprobs, ref, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
+    entropy = 0.0
     with torch.no_grad():
-        for chunk, own in zip(ids.chunk(cfg.minibatches), mask.chunk(cfg.minibatches), strict=True):
+        for rows in torch.arange(len(ids)).chunk(cfg.minibatches):
+            chunk, own = trimmed(ids[rows], mask[rows])
+            width = own.shape[1]
             logits = policy(chunk[:, :-1], at=own)
             spread = torch.log_softmax(logits, dim=-1)
-            parts["entropy"].append(-(spread.exp() * spread).sum(-1))
-            parts["logprobs"].append(answer_logprobs(logits, chunk, own))
-            parts["reference"].append(answer_logprobs(reference(chunk[:, :-1], at=own), chunk, own))
-            parts["values"].append(value(chunk[:, :-1]))
-    logprobs, ref, values, entropy = (torch.cat(p) for p in parts.values())
-    finished = torch.tensor([a[-1] == end for a in answers], device=ids.device)
+            entropy -= float((spread.exp() * spread).sum())
+            logprobs[rows, :width] = answer_logprobs(logits, chunk, own)
+            ref[rows, :width] = answer_logprobs(reference(chunk[:, :-1], at=own), chunk, own)
+            values[rows, :width] = value(chunk[:, :-1])
+    finished = torch.tensor([a[-1] == end for _, a in both], device=ids.device)
     scores = score(reward, sequences, pad).to(ids.device)
     if not torch.isfinite(scores).all():
         raise ForjaError("artifacts/reward: the reward of an answer is NaN or infinite; train the reward model again")
@@ -164,7 +174,7 @@ def roll_out(
     metrics = {
         "reward": float(scores.mean()),
         "kl": float(((logprobs - ref) * mask).sum(1).mean()),
-        "entropy": float(entropy.mean()),
+        "entropy": entropy / float(mask.sum()),
         "length": float(mask.sum(1).float().mean()),
         "unfinished": float((~finished).float().mean()),
         "perf/rollout_s": sampled - started,
@@ -190,17 +200,20 @@ def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg:
         for piece in rows.chunk(cfg.minibatches):
             total = float(r.mask[piece].sum())
             for part in engine.split(piece.tolist(), policy.micro):
-                ids, mask = r.ids[part], r.mask[part]
+                ids, mask = trimmed(r.ids[part], r.mask[part])
+                old, values, advantage, target = (
+                    x[part, : mask.shape[1]] for x in (r.logprobs, r.values, advantages, returns)
+                )
                 new = answer_logprobs(policy.ds(ids[:, :-1], at=mask), ids, mask)
-                loss, clipped = policy_loss(new, r.logprobs[part], advantages[part], mask, cfg.clip_ratio)
+                loss, clipped = policy_loss(new, old, advantage, mask, cfg.clip_ratio)
                 policy.step(loss, total)
                 judged = value.ds(ids[:, :-1])
-                v_loss = value_loss(judged, r.values[part], returns[part], mask, cfg.clip_value)
+                v_loss = value_loss(judged, values, target, mask, cfg.clip_value)
                 value.step(v_loss, total)
                 sums["policy_loss"] += float(loss.detach())
                 sums["value_loss"] += float(v_loss.detach())
                 sums["clip_fraction"] += float(clipped)
-                sums["approx_kl"] += float(((r.logprobs[part] - new.detach()) * mask).sum())
+                sums["approx_kl"] += float(((old - new.detach()) * mask).sum())
                 sums["tokens"] += float(mask.sum())
     tokens = sums.pop("tokens")
     metrics = {name: total / tokens for name, total in sums.items()}

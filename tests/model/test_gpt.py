@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from components.model.gpt import GPT, GPTConfig, KVCache, parameter_count, rotary, rotate
+from components.model.gpt import GPT, GPTConfig, KVCache, attend, parameter_count, rotary, rotate
 
 
 def test_the_preset_is_gpt2(tiny: GPTConfig) -> None:
@@ -69,6 +70,14 @@ def test_grouped_heads_share_keys(modern: GPTConfig) -> None:
     model = GPT(modern)
     assert model.blocks[0].attention.qkv.weight.shape == (16 + 2 * 8, 16)  # two queries, one key, one value
     assert model.head.weight is not model.wte.weight
+
+
+def test_short_rows_in_bf16_attend_as_the_fused_kernel_does() -> None:
+    q, k, v = torch.randn(3, 2, 4, 48, 16).bfloat16()
+    want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    got = attend(q, k, v, None).float()
+    assert (got - want).abs().max() < 0.03  # bfloat16 keeps eight bits
+    torch.testing.assert_close(attend(q.float(), k.float(), v.float(), None), want)
 
 
 def test_too_long_is_said(tiny: GPTConfig) -> None:
