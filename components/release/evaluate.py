@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from components.artifact import to_json
 from components.data.chat import END, SEPARATOR, answer_text, encode_prompt, special
@@ -41,10 +43,9 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     quality_rows: int = Field(ge=1)
     preference_rows: int = Field(ge=1)
     prompt_rows: int = Field(ge=1)
+    answers: int = Field(ge=1)  # sampled to each prompt: their mean is what the models are compared by
     max_new_tokens: int = Field(ge=1)
-    temperature: float = Field(
-        gt=0
-    )  # of the answers that PPO and SFT are compared by; 1 is the models' own distribution
+    temperature: float = Field(gt=0)  # of those answers; 1 is the models' own distribution
     bootstrap: int = Field(ge=100)  # resamples
     bias: dict[str, list[Template]]
     gates: list[Gate]
@@ -181,26 +182,27 @@ def preferences(cfg: Config, judge: Checkpoint, validate: Path) -> Found:
 
 
 def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, judge: Checkpoint, validate: Path) -> Found:
-    """PPO against SFT on the test prompts: both answer with the same seeds, the reward model scores both, and the
-    differences are bootstrapped by prompt. And the KL of PPO's answers to SFT, in nats a sequence."""
+    """PPO against SFT on the test prompts: both give cfg.answers answers with the same seeds, the reward model scores
+    them, and the differences of their means are bootstrapped by prompt. And the KL of PPO's answers to SFT, in nats a
+    sequence. The rows keep the first answer of each, with the means."""
     table = pick(validate / "prompts.jsonl", cfg.prompt_rows)
     if not table:
         return {}, []
     separator = special(policy.tokenizer, SEPARATOR)
-    asked = [to_prompt(cfg, policy, row["messages"], row["lang"]) for row in table]
+    asked = [to_prompt(cfg, policy, row["messages"], row["lang"]) for row in table] * cfg.answers
     answers = {n: answer(cfg, c, asked, cfg.temperature) for n, c in (("ppo", policy), ("sft", tuned))}
     rewards = {
-        name: score(judge.model, [p + a for p, a in zip(asked, said, strict=True)], separator).tolist()
+        name: by_prompt(score(judge.model, [p + a for p, a in zip(asked, said, strict=True)], separator), len(table))
         for name, said in answers.items()
     }
-    drift = sequence_kl(policy.model, tuned.model, asked, answers["ppo"], separator)
+    drift = by_prompt(sequence_kl(policy.model, tuned.model, asked, answers["ppo"], separator), len(table))
     won = [ours - theirs for ours, theirs in zip(rewards["ppo"], rewards["sft"], strict=True)]
     metrics = interval("ppo.gain", bootstrap_mean(won, cfg.bootstrap, cfg.seed), value="ppo.gain")
     metrics |= interval("ppo.kl", bootstrap_mean(drift, cfg.bootstrap, cfg.seed), value="ppo.kl")
     end = special(policy.tokenizer, END)
     for name, values in rewards.items():
         metrics[f"{name}.reward"] = sum(values) / len(values)
-        metrics[f"{name}.unfinished"] = sum(ids[-1] != end for ids in answers[name]) / len(table)
+        metrics[f"{name}.unfinished"] = sum(ids[-1] != end for ids in answers[name]) / len(asked)
     kept: list[Row] = []
     for i, row in enumerate(table):
         texts = {name: answer_text(policy.tokenizer, said[i]) for name, said in answers.items()}
@@ -208,6 +210,12 @@ def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, judge: Checkpoint, 
         prompt = row["messages"][-1]["content"]
         kept.append({"part": "gain", "id": row["id"], "prompt": prompt, "kl": round(drift[i], 6), **texts, **scores})
     return metrics, kept
+
+
+def by_prompt(values: Sequence[float] | Tensor, prompts: int) -> list[float]:
+    """The mean over each prompt's answers, where `values` runs through all prompts once an answer."""
+    means: list[float] = torch.as_tensor(values).view(-1, prompts).mean(0).tolist()
+    return means
 
 
 def contamination(validate: Path) -> Found:

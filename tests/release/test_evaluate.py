@@ -7,7 +7,7 @@ import pytest
 from components.log import silent
 from components.model import checkpoint
 from components.release import evaluate, quantize
-from components.release.evaluate import Config, finite, is_right, pick
+from components.release.evaluate import Config, by_prompt, finite, is_right, pick
 
 GATES = [
     {"name": "size", "metric": "int8.bytes_ratio", "at_most": 0.6},
@@ -22,6 +22,7 @@ def config(**changes):
         "quality_rows": 4,
         "preference_rows": 12,
         "prompt_rows": 5,
+        "answers": 2,
         "max_new_tokens": 12,
         "temperature": 1.0,
         "bootstrap": 200,
@@ -188,3 +189,8 @@ def test_the_right_choice_must_be_alone_at_the_top():
 
 def test_metrics_that_are_no_numbers_are_left_out():
     assert finite({"a": 1.0, "b": math.nan, "c": math.inf}) == {"a": 1.0}
+
+
+def test_answers_are_averaged_by_prompt():
+    """Two answers to each of three prompts, all prompts once and then once more."""
+    assert by_prompt([1.0, 2.0, 3.0, 3.0, 4.0, 8.0], 3) == [2.0, 3.0, 5.5]
