@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from components.model.gpt import GPTConfig
+
+GPT_PRESET = Path(__file__).parents[2] / "conf" / "models" / "gpt.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -12,24 +17,8 @@ def seeded() -> None:
 @pytest.fixture
 def tiny() -> GPTConfig:
     """The preset `gpt`, small."""
-    return GPTConfig(
-        context=32,
-        layers=2,
-        width=16,
-        heads=2,
-        kv_heads=2,
-        mlp_width=64,
-        norm="layer",
-        positions="learned",
-        activation="gelu",
-        qk_norm=False,
-        bias=True,
-        tied=True,
-        rope_theta=10000.0,
-        smear=False,
-        vocab_size=40,
-        head="lm",
-    )
+    small = {"context": 32, "layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "mlp_width": 64}
+    return GPTConfig(**yaml.safe_load(GPT_PRESET.read_text()) | small, vocab_size=40, head="lm")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -12,6 +13,7 @@ from components.data.chat import SPECIAL
 from components.model import checkpoint
 from components.model.gpt import GPT, GPTConfig
 
+GPT_PRESET = Path(__file__).parents[2] / "conf" / "models" / "gpt.yaml"
 PROMPTS = {
     "en": {"user": "Instruction: {content}\n", "assistant": "Response:"},
     "es": {"user": "Instrucción: {content}\n", "assistant": "Respuesta:"},
@@ -35,24 +37,9 @@ def make_tokenizer() -> Tokenizer:
 
 def make_model(tokenizer: Tokenizer, *, seed: int, head: str = "lm", tied: bool = True, context: int = 64) -> GPT:
     torch.manual_seed(seed)
-    config = GPTConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        context=context,
-        layers=2,
-        width=32,
-        heads=2,
-        kv_heads=2,
-        mlp_width=64,
-        norm="layer",
-        positions="learned",
-        activation="gelu",
-        qk_norm=False,
-        bias=True,
-        tied=tied,
-        rope_theta=10000.0,
-        smear=False,
-        head=head,
-    )
+    small = {"context": context, "layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "mlp_width": 64, "tied": tied}
+    shape = yaml.safe_load(GPT_PRESET.read_text()) | small
+    config = GPTConfig(**shape, vocab_size=tokenizer.get_vocab_size(), head=head)
     model = GPT(config)
     for p in model.parameters():  # larger than at the start of a training, so that the tokens' probabilities differ
         p.data += 0.15 * torch.randn_like(p)
