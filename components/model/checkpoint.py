@@ -1,6 +1,7 @@
 """A checkpoint folder: weights, shape, tokenizer and prompt templates, so that later stages need nothing else."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ def save(model: GPT, folder: Path, tokenizer: Path, prompts: dict[str, dict[str,
 
 
 def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
-    """The model in eval mode and float32 on `device` (default: a GPU where there is one), its tokenizer and templates.
+    """The model in eval mode and float32 on `device` (default: `default_device()`), its tokenizer and templates.
 
     Raises Damaged where a file is missing or does not fit the shape. A quantized folder is for release/quantize.py's
     `load`, which takes either: training, which needs this one, does not depend on how models are quantized.
@@ -72,4 +73,6 @@ def assembled(model: GPT, folder: Path, device: str | torch.device | None) -> Ch
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """FORJA_DEVICE, or this rank's GPU where there is one, or the CPU."""
+    wanted = os.environ.get("FORJA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else wanted)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from components.artifact import ForjaError, building, read_record, to_json, write_record
+from components.model.checkpoint import default_device as device
 from components.model.muon import Muon
 
 KEPT = 2  # checkpoints on disk: the newest, and the one before it in case the newest is damaged
@@ -42,11 +43,6 @@ class Optim(BaseModel, frozen=True, extra="forbid"):
     beta2: float = Field(gt=0, lt=1)
     clip: float = Field(gt=0)
     precision: Literal["fp32", "bf16"]
-
-
-def device() -> torch.device:
-    wanted = os.environ.get("FORJA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else wanted)
 
 
 def world() -> tuple[int, int]:

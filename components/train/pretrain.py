@@ -38,7 +38,8 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log) -> dict
     # 1. The model: the recipe's shape, the tokenizer's vocabulary.
     tokenizer = Tokenizer.from_file(str(tokenize / "tokenizer.json"))
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(**cfg.model.model_dump(), vocab_size=tokenizer.get_vocab_size(), head="lm"))
+    config = GPTConfig(**cfg.model.model_dump(), vocab_size=tokenizer.get_vocab_size(), head="lm")
+    model = GPT(config).to(device())
     context = cfg.model.context
 
     # 2. What is held out: the same windows every time.
