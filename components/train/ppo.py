@@ -39,6 +39,7 @@ class Config(Optim, frozen=True, extra="forbid"):
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(gt=0)
     value_lr: float = Field(gt=0)
+    value_first: int = Field(ge=0)  # rollouts from which the value model alone learns
     gamma: float = Field(ge=0, le=1)
     lam: float = Field(ge=0, le=1)
     clip_ratio: float = Field(gt=0)
@@ -184,7 +185,11 @@ def roll_out(
 
 
 def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg: Config, step: int) -> dict[str, float]:
-    """Improve policy and value on one rollout: cfg.epochs passes over it in cfg.minibatches pieces."""
+    """Improve policy and value on one rollout: cfg.epochs passes over it in cfg.minibatches pieces.
+
+    In the first cfg.value_first steps the policy stands still: the value model starts as the reward model, which has
+    only ever judged whole answers, and advantages from it would push the policy about at random.
+    """
     started = time.perf_counter()
     r = rollout
     rewards = token_rewards(r.scores, r.logprobs, r.reference, r.mask, kl_coef)
@@ -206,7 +211,8 @@ def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg:
                 )
                 new = answer_logprobs(policy.ds(ids[:, :-1], at=mask), ids, mask)
                 loss, clipped = policy_loss(new, old, advantage, mask, cfg.clip_ratio)
-                policy.step(loss, total)
+                if step >= cfg.value_first:
+                    policy.step(loss, total)
                 judged = value.ds(ids[:, :-1])
                 v_loss = value_loss(judged, values, target, mask, cfg.clip_value)
                 value.step(v_loss, total)

@@ -28,7 +28,15 @@ OPTIM = {"lr": 1e-3, "matrix_lr": 0.02, "lr_floor": 0.1, "warmup": 1, "decay": 0
 TRAINING = OPTIM | {"clip": 1.0, "precision": "bf16", "seed": 3, "steps": 7, "batch": 4, "eval_every": 3}
 TRAINING |= {"save_every": 2}
 PROMPTS = {"en": {"user": "Q: {content}\n", "assistant": "A:"}}
-RLHF = {"epochs": 2, "minibatches": 2, "max_new_tokens": 8, "temperature": 1.0, "value_lr": 1e-3, "gamma": 1.0}
+RLHF = {
+    "epochs": 2,
+    "minibatches": 2,
+    "max_new_tokens": 8,
+    "temperature": 1.0,
+    "value_lr": 1e-3,
+    "value_first": 1,
+    "gamma": 1.0,
+}
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
 CONFIGS = {
     pretrain: pretrain.Config(**TRAINING, model=SHAPE, val_windows=2, samples=["Doc"]),
