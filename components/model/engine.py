@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -147,14 +146,11 @@ def _deepspeed() -> Any:
     # Its shared-memory collectives are compiled at first use (over 30 s) and serve several CPU ranks only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        if "RANK" not in os.environ:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        backend = "nccl" if device().type == "cuda" else "gloo"
+        if "RANK" not in os.environ:  # a group of one meets in memory: no port that another program could take
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
