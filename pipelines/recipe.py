@@ -48,7 +48,7 @@ def compose(root: Path, recipe: Path, sets: list[str]) -> Params:
 
     Raises ForjaError with one line for each thing that is wrong: the key, the reason and the mend.
     """
-    config = _load(root, recipe, ())
+    config = _load(root, recipe)
     early: list[str] = []
     late: list[str] = []
     for item in sets:
@@ -70,24 +70,32 @@ def compose(root: Path, recipe: Path, sets: list[str]) -> Params:
     return _checked(recipe, {str(k): v for k, v in plain.items()})
 
 
-def _load(root: Path, recipe: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _load(root: Path, recipe: Path) -> DictConfig:
     path = next((p for p in (root / recipe, recipe) if p.is_file()), None)
     if path is None:
         known = sorted(p.relative_to(root).as_posix() for p in (root / "conf").glob("*.yaml"))
         raise ForjaError(f"{recipe}: no such recipe{_closest(str(recipe), known) or '; see ' + ', '.join(known)}")
+    config = _read(path, ())
+    config.recipe = path.stem
+    return config
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    """A file of conf/, merged over the one that it names as its `base`."""
     if path.resolve() in seen:
         raise ForjaError(f"{path}: its chain of `base:` comes back to itself; take one away")
     try:
         config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ForjaError(f"{seen[-1]}: its base {path.name} is no file beside it; mend the name") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
         raise ForjaError(f"{path}: not YAML ({' '.join(str(e).split())}); mend it") from None
     if not isinstance(config, DictConfig):
         raise ForjaError(f"{path}: a mapping of sections is wanted; mend it")
     base = config.pop("base", None)
     if base is not None:
-        config = OmegaConf.merge(_load(root, path.parent / base, (*seen, path.resolve())), config)
+        config = OmegaConf.merge(_read(path.parent / base, (*seen, path.resolve())), config)
         assert isinstance(config, DictConfig)  # noqa: S101
-    config.recipe = path.stem
     return config
 
 
@@ -104,18 +112,21 @@ def _expand(root: Path, config: DictConfig) -> None:
     """Names of files become what the files hold."""
     model = OmegaConf.select(config, "pretrain.model")
     if isinstance(model, str):
-        config.pretrain.model = _named(root, "models", model, "pretrain.model")
+        config.pretrain.model = named(root, "models", model, "pretrain.model")
     for name, section in config.items_ex(resolve=False):
         if isinstance(section, DictConfig) and OmegaConf.is_list(section.get("prompts")):
-            section.prompts = {lang: _named(root, "prompts", lang, f"{name!s}.prompts") for lang in section.prompts}
+            section.prompts = {lang: named(root, "prompts", lang, f"{name!s}.prompts") for lang in section.prompts}
 
 
-def _named(root: Path, kind: str, name: str, key: str) -> Any:
+def named(root: Path, kind: str, name: str, key: str) -> Any:
+    """What conf/KIND/NAME.yaml holds. Raises ForjaError, naming `key`, where there is no such file."""
     path = root / "conf" / kind / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ForjaError(f"{key}: no conf/{kind}/{name}.yaml; one of {', '.join(known) or 'none yet'}")
-    return OmegaConf.load(path)
+    config = _read(path, ())
+    config.pop("published", None)  # what a model's makers say of its size, for readers and tests
+    return config
 
 
 def _checked(recipe: Path, plain: Params) -> Params:

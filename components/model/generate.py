@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from components.model.gpt import GPT, KVCache
+from components.model.losses import pad_right
 
 
 @torch.no_grad()
@@ -34,17 +35,14 @@ def generate(
     kept = [list(p)[-(model.config.context - new) :] for p in prompts]
     longest = max(map(len, kept))
     lengths = torch.tensor([len(p) for p in kept], device=device)
-    ids = torch.tensor([[stop] * (longest - len(p)) + p for p in kept], device=device)  # padded on the left
+    ids = pad_right(kept, stop, device)
     noise = torch.stack([_uniform(seed, i, new) for i in range(len(prompts))]).to(device)
 
     cache = KVCache(model.config, len(prompts), longest + new, model.wte.weight)
-    visible = torch.arange(longest + new, device=device) >= (longest - lengths)[:, None]  # [B, T]: not padding
-    positions = (torch.arange(longest, device=device) - (longest - lengths)[:, None]).clamp(min=0)
-    square = torch.ones(longest, longest, dtype=torch.bool, device=device)
-    # A padded query must see something or its softmax is NaN: let every position see itself.
-    mask = (square.tril() & visible[:, None, :longest]) | torch.eye(longest, dtype=torch.bool, device=device)
-    hidden = model.hidden(ids, positions=positions, mask=mask[:, None], cache=cache)
-    logits = model.head(hidden[:, -1]).float()
+    rows = torch.arange(len(prompts), device=device)
+    hidden = model.hidden(ids, cache=cache)[rows, lengths - 1]  # what is padded behind is seen by nothing before it
+    cache.last = ids[rows, lengths - 1, None]
+    logits = model.logits(hidden)
 
     out: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts), device=device)
@@ -60,14 +58,8 @@ def generate(
             rows = going.nonzero().squeeze(1)
             cache.keep(rows)
             alive, token, going = alive[rows], token[rows], going[rows]
-        logits = _step(model, token, lengths[alive] + step, visible[alive], cache)
+        logits = model(token[:, None], positions=(lengths[alive] + step)[:, None], cache=cache)[:, -1]
     return [_cut(tokens, stop) for tokens in out]
-
-
-def _step(model: GPT, token: Tensor, positions: Tensor, visible: Tensor, cache: KVCache) -> Tensor:
-    """Logits [B, V] behind one more token [B] of each sequence, at its own position [B]."""
-    mask = visible[:, None, None, : cache.filled + 1]
-    return model(token[:, None], positions=positions[:, None], mask=mask, cache=cache)[:, -1]
 
 
 def _uniform(seed: int, request: int, n: int) -> Tensor:

@@ -17,7 +17,7 @@ def seeded() -> None:
 @pytest.fixture
 def tiny() -> GPTConfig:
     """The preset `gpt`, small."""
-    small = {"context": 32, "layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "mlp_width": 64}
+    small = {"context": 32, "layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "head_width": 8, "mlp_width": 64}
     return GPTConfig(**yaml.safe_load(GPT_PRESET.read_text()) | small, vocab_size=40, head="lm")
 
 
@@ -29,7 +29,7 @@ def modern(tiny: GPTConfig) -> GPTConfig:
         "positions": "rotary",
         "activation": "swiglu",
         "qk_norm": True,
-        "bias": False,
+        "bias": "none",
         "smear": True,
     }
     return tiny.model_copy(update=heirs | {"kv_heads": 1, "tied": False})

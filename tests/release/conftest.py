@@ -37,8 +37,8 @@ def make_tokenizer() -> Tokenizer:
 
 def make_model(tokenizer: Tokenizer, *, seed: int, head: str = "lm", tied: bool = True, context: int = 64) -> GPT:
     torch.manual_seed(seed)
-    small = {"context": context, "layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "mlp_width": 64, "tied": tied}
-    shape = yaml.safe_load(GPT_PRESET.read_text()) | small
+    small = {"context": context, "layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "head_width": 16, "mlp_width": 64}
+    shape = yaml.safe_load(GPT_PRESET.read_text()) | small | {"tied": tied}
     config = GPTConfig(**shape, vocab_size=tokenizer.get_vocab_size(), head=head)
     model = GPT(config)
     for p in model.parameters():  # larger than at the start of a training, so that the tokens' probabilities differ

@@ -22,6 +22,7 @@ SHAPE = yaml.safe_load(Path("conf/models/demo.yaml").read_text()) | {
     "width": 16,
     "heads": 2,
     "kv_heads": 1,
+    "head_width": 8,
     "mlp_width": 32,
 }
 OPTIM = {"lr": 1e-3, "matrix_lr": 0.02, "lr_floor": 0.1, "warmup": 1, "decay": 0.5, "weight_decay": 0.1, "beta2": 0.95}

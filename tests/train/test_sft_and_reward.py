@@ -1,10 +1,12 @@
 """The losses of SFT and of the reward model against loops that take one row at a time."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from tokenizers import Tokenizer
 
 from components.data.tokenize import train_bpe
@@ -18,9 +20,9 @@ PROMPTS = {"en": {"user": "Q: {content}\n", "assistant": "A:"}}
 @pytest.fixture
 def model() -> GPT:
     torch.manual_seed(0)
-    shape = {"context": 32, "layers": 1, "width": 16, "heads": 2, "kv_heads": 2, "mlp_width": 32}
-    options = {"norm": "layer", "positions": "rotary", "activation": "gelu", "qk_norm": False, "bias": True}
-    return GPT(GPTConfig(**shape, **options, tied=True, rope_theta=1e4, smear=True, vocab_size=300, head="lm")).eval()  # type: ignore[arg-type]
+    preset = yaml.safe_load(Path("conf/models/demo.yaml").read_text())
+    small = {"context": 32, "layers": 1, "width": 16, "heads": 2, "kv_heads": 2, "head_width": 8, "mlp_width": 32}
+    return GPT(GPTConfig(**preset | small | {"activation": "gelu", "qk_norm": False}, vocab_size=300, head="lm")).eval()
 
 
 @pytest.fixture(scope="module")
