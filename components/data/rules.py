@@ -1,25 +1,20 @@
 """What one row of a table must be. The reason against a row is text: a kind, a colon, and what exactly."""
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
 
+from components.data.strict import Unfit, loads
+
 LANGS = ("en", "es")
 SPLITS = ("train", "val", "test")
 KINDS = ("wrong", "cut", "off-topic")
-DAMAGE = re.compile("[\0\ud800-\udfff\ufffd]")
-DAMAGED = {"\0": "damaged text: NUL", "\ufffd": "damaged text: U+FFFD stands where bytes were lost"}
+CHOICES = (2, 26)  # how many a question may have
 COMMON = ("id", "source", "licence", "provenance", "lang", "object", "split")
 
 Row = Mapping[str, Any]
-
-
-class Unfit(ValueError):
-    """A row or line that breaks a rule; its text is the reason."""
 
 
 class Limits(BaseModel, frozen=True, extra="forbid"):
@@ -32,57 +27,11 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
 
 def parse(line: bytes) -> Row:
     """The row that a line of JSONL holds. Raises Unfit for what is no JSON object in UTF-8, or is one only to a lenient
-    reader: NaN, infinity, a key given twice, a NUL, half of a surrogate pair."""
-    if not line.strip():
-        raise Unfit("empty line")
-    try:
-        text = line.decode("utf-8")
-        row = json.loads(text, parse_constant=_constant, parse_float=_finite, object_pairs_hook=_pairs)
-    except Unfit:
-        raise
-    except UnicodeDecodeError as e:
-        raise Unfit(f"not UTF-8: byte {e.start + 1} is 0x{line[e.start]:02x}") from None
-    except json.JSONDecodeError as e:
-        raise Unfit(f"not JSON: {e.msg} at character {e.pos + 1}") from None
-    except (RecursionError, ValueError):
-        raise Unfit("not JSON: nested too deeply, or a number too long") from None
+    reader (strict.py)."""
+    row = loads(line)
     if not isinstance(row, dict):
         raise Unfit(f"not an object: a row is {{...}}, this is a {type(row).__name__}")
-    for string in _strings(row):
-        if bad := DAMAGE.search(string):
-            raise Unfit(DAMAGED.get(bad[0], "damaged text: half of a surrogate pair"))
     return row
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for k, v in value.items():
-            yield k
-            yield from _strings(v)
-    elif isinstance(value, list):
-        for v in value:
-            yield from _strings(v)
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise Unfit(f"not JSON: {number} is beyond a number's range")
-    return value
-
-
-def _constant(name: str) -> None:
-    raise Unfit(f"not JSON: {name} is no JSON number")
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        keys = [k for k, _ in pairs]
-        raise Unfit(f"duplicate key: {next(k for k in keys if keys.count(k) > 1)!r}")
-    return seen
 
 
 def check(table: str, row: Row, limits: Limits) -> None:
@@ -147,12 +96,14 @@ def _prompts(row: Row) -> None:
 def _eval(row: Row) -> None:
     _string(row, "question")
     choices, answer = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise Unfit("choices: four texts are needed")
-    if len({" ".join(c.casefold().split()) for c in choices}) < 4:
-        raise Unfit("choices: two of the four are the same")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= 3:
-        raise Unfit(f"answer: {answer!r} is no index from 0 to 3")
+    few, many = CHOICES
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    if not texts or not few <= len(choices) <= many:
+        raise Unfit(f"choices: {few} to {many} texts are needed")
+    if len({" ".join(c.casefold().split()) for c in choices}) < len(choices):
+        raise Unfit("choices: two of them are the same")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise Unfit(f"answer: {answer!r} is no index from 0 to {len(choices) - 1}")
 
 
 CHECKS: dict[str, Callable[[Row], None]] = {

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from components.data.rules import KINDS, LANGS, SPLITS, Limits, Row, content, said
+from components.data.rules import CHOICES, KINDS, LANGS, SPLITS, Limits, Row, content, said
 
 if TYPE_CHECKING:
     import pandas
@@ -34,8 +34,9 @@ def frame(table: str, rows: Sequence[Row], splits_of: Mapping[str, set[str]]) ->
         facts["kind"] = [row["kind"] for row in rows]
         facts["differs"] = [said(row["chosen"]) != said(row["rejected"]) for row in rows]
     if table == "eval":
-        facts["distinct_choices"] = [len(set(row["choices"])) for row in rows]
-        facts["answer"] = [row["answer"] for row in rows]
+        facts["same_choices"] = [len(row["choices"]) - len(set(row["choices"])) for row in rows]
+        facts["n_choices"] = [len(row["choices"]) for row in rows]
+        facts["answer_beyond"] = [not 0 <= row["answer"] < len(row["choices"]) for row in rows]
     return pandas.DataFrame(facts)
 
 
@@ -65,8 +66,10 @@ def suite(table: str, limits: Limits) -> list[Any]:
         found.append(gxe.ExpectColumnValuesToBeInSet(column="kind", value_set=list(KINDS)))
         found.append(gxe.ExpectColumnValuesToBeInSet(column="differs", value_set=[True]))
     if table == "eval":
-        found.append(gxe.ExpectColumnValuesToBeInSet(column="distinct_choices", value_set=[4]))
-        found.append(gxe.ExpectColumnValuesToBeBetween(column="answer", min_value=0, max_value=3))
+        few, many = CHOICES
+        found.append(gxe.ExpectColumnValuesToBeBetween(column="n_choices", min_value=few, max_value=many))
+        found.append(gxe.ExpectColumnValuesToBeInSet(column="same_choices", value_set=[0]))
+        found.append(gxe.ExpectColumnValuesToBeInSet(column="answer_beyond", value_set=[False]))
     return found
 
 

@@ -192,8 +192,8 @@ def test_dialogues(messages: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"choices": ["a", "b", "c"]}, "choices: four texts are needed"),
-        ({"choices": ["a", "b", "c", "A "]}, "choices: two of the four are the same"),
+        ({"choices": ["a"]}, "choices: 2 to 26 texts are needed"),
+        ({"choices": ["a", "b", "c", "A "]}, "choices: two of them are the same"),
         ({"answer": 4}, "answer: 4 is no index from 0 to 3"),
         ({"answer": True}, "answer: True is no index from 0 to 3"),
     ],
