@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from components.artifact import ForjaError
 
@@ -22,6 +22,12 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of `text`, none of them special whatever the text says."""
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def with_special(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, changed: forja's special tokens stand behind its vocabulary, where it lacks them."""
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return tokenizer
 
 
 def special(tokenizer: Tokenizer, name: str) -> int:

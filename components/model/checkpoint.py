@@ -3,23 +3,35 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from components.artifact import Damaged, ForjaError, to_json
+from components.data.chat import SEPARATOR, special
 from components.model.gpt import GPT, GPTConfig
 
 WEIGHTS, SHAPE, TOKENIZER, PROMPTS = "model.safetensors", "model.json", "tokenizer.json", "prompts.json"
+MARKS = "marks.json"  # in a checkpoint of someone else's model: what its tokenizer has in place of our separator
 
 
 class Checkpoint(NamedTuple):
     model: GPT
     tokenizer: Tokenizer
     prompts: dict[str, dict[str, str]]
+
+
+class Marks(NamedTuple):
+    """The tokens around a text: `start` stands before it (None: nothing does), any of `ends` behind it."""
+
+    start: int | None
+    ends: tuple[int, ...]
 
 
 def save(model: GPT, folder: Path, tokenizer: Path, prompts: dict[str, dict[str, str]] | None = None) -> None:
@@ -47,20 +59,79 @@ def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
     shape = shape_of(folder)
     if "quantization" in shape:
         raise ForjaError(f"{folder}: quantized, and cannot be trained on; name the folder that it was made from")
-    model = GPT(GPTConfig.model_validate(shape))
-    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-    if unexpected or set(missing) - {"head.weight"}:
-        raise Damaged(f"{folder / WEIGHTS}: its tensors are not those of {SHAPE}; run the stage that makes it")
+    config = GPTConfig.model_validate(shape)
+    try:
+        model = filled(config, load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as e:
+        why = f"its tensors are not those of {SHAPE} ({str(e).splitlines()[0]})"
+        raise Damaged(f"{folder / WEIGHTS}: {why}; run the stage that makes it") from None
     return assembled(model, folder, device)
+
+
+def filled(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
+    """The model whose weights are the tensors of `state`, which are not copied. Raises RuntimeError where they do not
+    fit."""
+    with torch.device("meta"):  # no memory, and no time for weights that are replaced at once
+        model = GPT(config)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    tied = config.head == "lm" and config.tied
+    if unexpected or set(missing) - ({"head.weight"} if tied else set()):
+        raise RuntimeError(f"missing {missing}, unexpected {unexpected}")
+    if tied:
+        model.head.weight = model.wte.weight
+    return model
+
+
+def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every tensor in a checkpoint's file, a tied one once."""
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    if config.head == "lm" and config.tied:
+        del state["head.weight"]
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]) -> None:
+    """A safetensors file of float32 tensors, each asked for when it is written: one at a time is in memory.
+
+    Raises ForjaError where one holds NaN or infinity.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            values = tensor(name).to("cpu", torch.float32).contiguous()
+            if tuple(values.shape) != tuple(shape):
+                raise ValueError(f"{name} has the shape {tuple(values.shape)}, not {tuple(shape)}")
+            if not torch.isfinite(values).all():
+                raise ForjaError(f"{name}: holds NaN or infinity; take another copy of the model")
+            f.write(values.numpy().tobytes())
+
+
+def marks_of(folder: Path, tokenizer: Tokenizer) -> Marks:
+    """What stands around a text of this checkpoint's. Raises ForjaError where neither a file nor the tokenizer says."""
+    if (folder / MARKS).is_file():
+        said = json.loads((folder / MARKS).read_bytes())
+        return Marks(said["start"], tuple(said["ends"]))
+    separator = special(tokenizer, SEPARATOR)
+    return Marks(separator, (separator,))
 
 
 def shape_of(folder: Path) -> dict[str, Any]:
     """What model.json says, once the folder's files are known to be there."""
     for name in (SHAPE, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
-            raise Damaged(
-                f"{folder / name}: missing, so {folder} is no checkpoint; name a folder such as artifacts/sft"
-            )
+            mend = "name a folder such as artifacts/sft"
+            if name == SHAPE and (folder / "config.json").is_file():
+                mend = f"make one of it by `forja import {folder} OUT`"
+            raise Damaged(f"{folder / name}: missing, so {folder} is no checkpoint; {mend}")
     shape: dict[str, Any] = json.loads((folder / SHAPE).read_bytes())
     return shape
 
