@@ -97,8 +97,11 @@ def _eval(row: Row) -> None:
     _string(row, "question")
     choices, answer = row.get("choices"), row.get("answer")
     few, many = CHOICES
-    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
-    if not texts or not few <= len(choices) <= many:
+    if (
+        not isinstance(choices, list)
+        or not few <= len(choices) <= many
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
         raise Unfit(f"choices: {few} to {many} texts are needed")
     if len({" ".join(c.casefold().split()) for c in choices}) < len(choices):
         raise Unfit("choices: two of them are the same")

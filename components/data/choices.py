@@ -1,0 +1,155 @@
+"""Questions with several choices, in the forms in which benchmarks are published."""
+
+import os.path
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from components.data.sources import hashed
+from components.data.strict import Unfit
+
+Rows = list[tuple[str, dict[str, Any]]]
+
+ASKED = ("query", "question", "context", "ctx", "sentence", "input")
+RIGHT = ("gold", "answer", "label", "answerKey", "correct", "target")
+NUMBERED = re.compile(r"(?:choice|option|ending|sol)_?(\d+|[a-z])", re.IGNORECASE)
+
+
+def name_of(value: Mapping[str, Any]) -> str | None:
+    """The name of a record with choices by its keys, or None."""
+    has = value.keys()
+    if "endings" in has:
+        return "hellaswag"
+    if ("Best Answer" in has and "Incorrect Answers" in has) or "mc1_targets" in has:
+        return "truthfulqa"
+    if "context_options" in has and "continuation" in has:
+        return "winogrande"
+    if "goal" in has and "sol1" in has:
+        return "piqa"
+    if has.isdisjoint(RIGHT) or has.isdisjoint(ASKED):
+        return None
+    if isinstance(value.get("choices"), dict):
+        return "arc"
+    if isinstance(value.get("choices"), list):
+        return "choices"
+    if "sentence" in has and "option1" in has:
+        return "winogrande"
+    lettered = "A" in has and "B" in has
+    return "mmlu" if lettered or sum(1 for key in has if NUMBERED.fullmatch(key)) > 1 else None
+
+
+def _row(question: Any, found: Any, answer: Any) -> Rows:
+    """Raises Unfit where the parts are not a question, a list of texts and the index of one of them."""
+    if not isinstance(question, str):
+        raise Unfit("missing field: question")
+    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(c, str) for c in found):
+        raise Unfit("choices: a list of texts is needed")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(found):
+        raise Unfit(f"answer: {answer!r} points to none of the {len(found)} choices")
+    return [("eval", {"question": question, "choices": found, "answer": answer})]
+
+
+def _index(value: Mapping[str, Any], found: Any, first: int = 0) -> Any:
+    """The index that a record's answer means: a number, its text, a letter, or the choice itself."""
+    answer = next((value[key] for key in RIGHT if key in value), None)
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, str):
+        text = answer.strip()
+        if text.isdecimal() and text.isascii():
+            answer = int(text)
+        elif re.fullmatch("[A-Za-z]", text):
+            return ord(text.upper()) - ord("A")
+        elif isinstance(found, list) and found.count(answer) == 1:
+            return found.index(answer)
+    return answer - first if isinstance(answer, int) and not isinstance(answer, bool) else answer
+
+
+def _asked(value: Mapping[str, Any]) -> Any:
+    return next((value[key] for key in ASKED if key in value), None)
+
+
+def _choices(value: Any) -> Rows:
+    value = _mapping(value)
+    found = value.get("choices")
+    return _row(_asked(value), found, _index(value, found))
+
+
+def _mmlu(value: Any) -> Rows:
+    value = _mapping(value)
+    keys = [key for key in value if NUMBERED.fullmatch(key)] or [key for key in "ABCDEFGHIJ" if key in value]
+    found = [value[key] for key in keys if value[key] not in (None, "")]
+    return _row(_asked(value), found, _index(value, found))
+
+
+def _arc(value: Any) -> Rows:
+    value = _mapping(value)
+    held = value.get("choices")
+    held = held if isinstance(held, dict) else {}
+    found, labels = held.get("text"), held.get("label")
+    answer = next((value[key] for key in RIGHT if key in value), None)
+    if isinstance(labels, list) and labels.count(answer) == 1:
+        return _row(_asked(value), found, labels.index(answer))
+    raise Unfit(f"answer: {answer!r} is none of the labels")
+
+
+def _hellaswag(value: Any) -> Rows:
+    value = _mapping(value)
+    found = value.get("endings")
+    asked = value["ctx"] if "ctx" in value else _asked(value)
+    return _row(asked, found, _index(value, found))
+
+
+def _truthfulqa(value: Any) -> Rows:
+    """Its best answer among the wrong ones, in a place drawn by hash; or its list of choices of which one is true."""
+    value = _mapping(value)
+    if isinstance(held := value.get("mc1_targets"), dict):
+        labels = held.get("labels")
+        right = labels.index(1) if isinstance(labels, list) and labels.count(1) == 1 else None
+        return _row(value.get("question"), held.get("choices"), right)
+    question, best, wrong = (value.get(key) for key in ("Question", "Best Answer", "Incorrect Answers"))
+    if not isinstance(question, str) or not isinstance(best, str) or not isinstance(wrong, str):
+        raise Unfit("missing field: Question, Best Answer or Incorrect Answers")
+    found = [text for part in wrong.split(";") if (text := part.strip())]
+    at = hashed(f"choice/{question}") % (len(found) + 1)
+    return _row(question, [*found[:at], best, *found[at:]], at)
+
+
+def _winogrande(value: Any) -> Rows:
+    """Two sentences that differ in one name: what both begin with is the question."""
+    value = _mapping(value)
+    if "sentence" in value:
+        sentence, options = value.get("sentence"), [value.get("option1"), value.get("option2")]
+        if not isinstance(sentence, str) or sentence.count("_") != 1 or not all(isinstance(o, str) for o in options):
+            raise Unfit("missing field: a sentence with one _, option1 or option2")
+        before, _, after = sentence.partition("_")
+        return _row(before, [f"{o}{after}" for o in options], _index(value, options, first=1))
+    options, after = value.get("context_options"), value.get("continuation")
+    if not isinstance(options, list) or not all(isinstance(o, str) for o in options) or not isinstance(after, str):
+        raise Unfit("missing field: context_options or continuation")
+    same = os.path.commonprefix(options)  # noqa: RUF071  # of texts
+    begin = same[: same.rfind(" ") + 1]
+    return _row(begin, [f"{o[len(begin) :]} {after}" for o in options], _index(value, options))
+
+
+def _piqa(value: Any) -> Rows:
+    value = _mapping(value)
+    found = [value.get("sol1"), value.get("sol2")]
+    return _row(value.get("goal"), found, _index(value, found))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise Unfit(f"not an object: a row is {{...}}, this is a {type(value).__name__}")
+    return value
+
+
+SHAPES: dict[str, Callable[[Any], Rows]] = {
+    "choices": _choices,
+    "mmlu": _mmlu,
+    "arc": _arc,
+    "hellaswag": _hellaswag,
+    "truthfulqa": _truthfulqa,
+    "winogrande": _winogrande,
+    "piqa": _piqa,
+}

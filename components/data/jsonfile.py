@@ -1,0 +1,152 @@
+"""The values of a .json file, one after another and without reading it whole.
+
+An array gives its elements; values that follow each other (JSONL under another name, or written over several lines) are
+given one by one; an object of arrays gives what the arrays hold. The cuts are found by brackets and strings alone, and
+whoever reads a value judges it, so that one broken element costs only itself.
+"""
+
+import re
+from collections.abc import Generator, Iterator
+from typing import IO, Any
+
+CHUNK = 1 << 20
+# A whole string, or a bracket or comma, or the quote of a string that does not end in the buffer.
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
+SPACE = re.compile(rb"[ \t\r\n]*+")
+SCALAR = re.compile(rb'[^ \t\r\n\[\]{},"]*+')
+CLOSED = {b"]": b"[", b"}": b"{"}
+
+Found = tuple[int, bytes, str | None]  # the line where a value begins, its bytes, and why it is none
+
+
+class _Buffer:
+    """The bytes from `start` on, and how many lines ended before."""
+
+    def __init__(self, f: IO[bytes], limit: int):
+        self.f, self.limit = f, limit
+        self.data, self.start, self.line, self.ended = b"", 0, 1, False
+        self.more()
+        self.data = self.data.removeprefix(b"\xef\xbb\xbf")
+
+    def more(self) -> bool:
+        """Read on, keeping what stands from `start`; False at the end of the file."""
+        if self.ended:
+            return False
+        kept = self.data[self.start :]
+        chunk = self.f.read(max(CHUNK, len(kept)))
+        self.data, self.start, self.ended = kept + chunk, 0, not chunk
+        return not self.ended
+
+    def to(self, at: int) -> None:
+        self.line += self.data.count(b"\n", self.start, at)
+        self.start = at
+
+    def skip(self) -> bytes:
+        """Pass over space; the byte that follows, b"" at the end."""
+        while True:
+            found = SPACE.match(self.data, self.start)
+            assert found is not None  # noqa: S101
+            self.to(found.end())
+            if self.start < len(self.data) or not self.more():
+                return self.data[self.start : self.start + 1]
+
+    def token(self, at: int) -> tuple[bytes, int, int]:
+        """The next string, bracket or comma from `start` + `at` on: (its first byte, where it begins and ends). b"" at
+        the end of the file, or beyond the limit."""
+        while True:
+            found = TOKEN.search(self.data, self.start + at)
+            if found is not None and found[0] != b'"':
+                return found[0][:1], found.start() - self.start, found.end() - self.start
+            at = (found.start() if found else len(self.data)) - self.start
+            if len(self.data) - self.start > self.limit or not self.more():
+                return b"", len(self.data) - self.start, len(self.data) - self.start
+
+
+def values(f: IO[bytes], limit: int) -> Iterator[Found]:
+    """(line, bytes, reason) of every value; the reason is None where the brackets fit. A value over `limit` bytes, or
+    one that is never closed, is the last."""
+    buffer = _Buffer(f, limit)
+    while first := buffer.skip():
+        if first == b"[":
+            closed = yield from _elements(buffer)
+            if not closed:
+                return
+        elif first in b"]},":
+            line, raw = buffer.line, _rest(buffer)
+            yield line, raw, f"not JSON: {first.decode()!r} stands where a value should"
+            return
+        else:
+            line, size, whole = buffer.line, *_extent(buffer)
+            raw = buffer.data[buffer.start : buffer.start + size]
+            yield line, raw, None if whole else _unclosed(buffer)
+            if not whole:
+                return
+            buffer.to(buffer.start + size)
+
+
+def _extent(buffer: _Buffer) -> tuple[int, bool]:
+    """How many bytes the value at `start` takes, and whether it ends."""
+    first = buffer.data[buffer.start : buffer.start + 1]
+    if first not in (b"{", b"[", b'"'):
+        while True:
+            found = SCALAR.match(buffer.data, buffer.start)
+            assert found is not None  # noqa: S101
+            if found.end() < len(buffer.data) or len(found[0]) > buffer.limit or not buffer.more():
+                return len(found[0]), len(found[0]) <= buffer.limit
+    depth = at = 0
+    while True:
+        token, _, at = buffer.token(at)
+        depth += (token in (b"{", b"[")) - (token in (b"}", b"]"))
+        if not token:
+            return at, False
+        if depth == 0:
+            return at, True
+
+
+def _elements(buffer: _Buffer) -> Generator[Found, None, bool]:
+    """The elements of the array at `start`; returns whether it was closed."""
+    buffer.to(buffer.start + 1)
+    several = False
+    while True:
+        if buffer.skip() == b"]" and not several:
+            buffer.to(buffer.start + 1)
+            return True
+        line, depth, at = buffer.line, 0, 0
+        while True:
+            token, begin, at = buffer.token(at)
+            if not token or (depth == 0 and token in b"],}"):
+                break
+            depth += (token in (b"{", b"[")) - (token in (b"}", b"]"))
+        raw = buffer.data[buffer.start : buffer.start + begin].rstrip(b" \t\r\n")
+        if not token or token == b"}":
+            yield line, raw, _unclosed(buffer)
+            return False
+        yield line, raw, None if raw else "not JSON: nothing stands beside a comma"
+        buffer.to(buffer.start + at)
+        several = True
+        if token == b"]":
+            return True
+
+
+def _unclosed(buffer: _Buffer) -> str:
+    if len(buffer.data) - buffer.start > buffer.limit:
+        return f"value too long: over {buffer.limit:,} bytes, or never closed; what follows is not read"
+    return "not JSON: a bracket or string is never closed"
+
+
+def _rest(buffer: _Buffer) -> bytes:
+    return buffer.data[buffer.start : buffer.start + CHUNK]
+
+
+def spread(value: Any) -> list[Any]:
+    """What a value of a .json file holds: itself; or the rows of an object of arrays, by row or by column."""
+    from components.data.shapes import name_of
+
+    if not isinstance(value, dict) or not value or name_of(value) is not None:
+        return [value]
+    arrays = [v for v in value.values() if isinstance(v, list) and v]
+    nested = [v for v in value.values() if isinstance(v, dict)]
+    if arrays and not nested and all(isinstance(x, dict) for v in arrays for x in v):
+        return [row for rows in arrays for row in rows]
+    same = len(arrays) == len(value) and len({len(v) for v in arrays}) == 1
+    return [dict(zip(value, row, strict=True)) for row in zip(*arrays, strict=True)] if same else [value]

@@ -1,0 +1,184 @@
+"""The shapes in which data is published, and what each becomes in the five tables.
+
+A shape is recognised by the keys and types of a record. `rows` gives a record's rows as (table, fields); texts are
+never changed, only placed. Where a record does not fit, the reason names what is missing.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from components.data import choices, dialogues
+from components.data.dialogues import CHATS, QUESTION, turns
+from components.data.strict import Unfit
+
+Shape = str
+Rows = list[tuple[str, dict[str, Any]]]
+
+TEXT = ("text", "content", "document", "raw_content", "body")
+ANSWERS = ("completion", "response", "continuation", "output", "answer", "target")
+ASKED = ("prompt", "context", "query", "input", "question", "instruction")
+
+
+def name_of(value: Any) -> Shape | None:
+    """The shape of one record by its keys, or None."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, dict):
+        return None
+    has = value.keys()
+    if "chosen" in has and "rejected" in has:
+        return dialogues.preference(value)
+    if chat := next((key for key in CHATS if isinstance(value.get(key), list)), None):
+        if isinstance(value.get("label"), bool):
+            return "kto"
+        return dialogues.chat(value[chat])
+    if "completion" in has and "prompt" in has and isinstance(value.get("label"), bool):
+        return "kto"
+    if choice := choices.name_of(value):
+        return choice
+    if "instruction" in has and isinstance(value.get("instances"), list):
+        return "self-instruct"
+    if "instruction" in has and not has.isdisjoint(("output", "response")):
+        return "alpaca"
+    if "question" in has and "answer" in has:
+        return "pairs"
+    if not has.isdisjoint(ASKED) and not has.isdisjoint(ANSWERS):
+        return "prompt-completion"
+    if any(isinstance(value.get(key), str) for key in TEXT):
+        return "text"
+    return "prompt" if not has.isdisjoint(QUESTION) else None
+
+
+def detect(sample: list[Any]) -> Shape:
+    """The shape of most of the records. Raises Unfit where none of them has one."""
+    found = Counter(name for value in sample if (name := name_of(value)) is not None)
+    if not found:
+        raise Unfit(no_shape(sample[0] if sample else None))
+    best = found.most_common(1)[0][0]
+    return "tool-chat" if best in ("chat", "sharegpt") and "tool-chat" in found else best
+
+
+def no_shape(value: Any) -> str:
+    what = f"keys {', '.join(map(str, value))}"[:200] if isinstance(value, dict) else f"a {type(value).__name__}"
+    return f"no known shape: {what}; name one in the recipe, or rename the fields"
+
+
+def rows(shape: Shape, value: Any) -> Rows:
+    """What the record becomes. Raises Unfit with the reason where it does not fit the shape."""
+    return SHAPES[shape](value)
+
+
+def to_table(table: str, fields: dict[str, Any], wanted: str) -> tuple[str, dict[str, Any]]:
+    """A row moved to another table, where its parts allow it. Raises Unfit where they do not."""
+    if table == wanted:
+        return table, fields
+    if wanted == "corpus":
+        return wanted, {"text": _as_text(table, fields)}
+    if table in ("instructions", "prompts", "preferences"):
+        messages = fields["messages"]
+        if wanted == "prompts":
+            return wanted, {"messages": messages[:-1] if table == "instructions" else messages}
+        if wanted == "instructions" and table == "preferences":
+            return wanted, {"messages": [*messages, fields["chosen"]]}
+    if table == "eval" and wanted in ("instructions", "prompts"):
+        asked = [{"role": "user", "content": fields["question"]}]
+        answer = {"role": "assistant", "content": fields["choices"][fields["answer"]]}
+        return wanted, {"messages": asked if wanted == "prompts" else [*asked, answer]}
+    raise Unfit(f"table: a row of {table} does not hold what {wanted} needs")
+
+
+def _as_text(table: str, fields: dict[str, Any]) -> str:
+    if table == "eval":
+        return f"{fields['question']}\n{fields['choices'][fields['answer']]}"
+    said = [*fields["messages"], *([fields["chosen"]] if "chosen" in fields else [])]
+    return "\n\n".join(m["content"] for m in said)
+
+
+def text_of(value: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    """The first of the keys that holds text. Raises Unfit where none does."""
+    for key in keys:
+        if isinstance(value.get(key), str):
+            return str(value[key])
+    absent = [key for key in keys if key in value]
+    raise Unfit(f"wrong type: {absent[0]} is no text" if absent else f"missing field: {' or '.join(keys[:3])}")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise Unfit(f"not an object: a row is {{...}}, this is a {type(value).__name__}")
+    return value
+
+
+def _text(value: Any) -> Rows:
+    return [("corpus", {"text": value if isinstance(value, str) else text_of(_mapping(value), TEXT)})]
+
+
+def _dialogue(asked: str, answer: str, value: Mapping[str, Any]) -> Rows:
+    before = dialogues.history(value.get("history"))
+    messages = [*before, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [("instructions", {"messages": dialogues.with_system(value.get("system"), messages)})]
+
+
+def _alpaca(value: Any) -> Rows:
+    value = _mapping(value)
+    answer = text_of(value, ("output", "response"))
+    return _dialogue(_asked_with_input(text_of(value, ("instruction",)), value), answer, value)
+
+
+def _asked_with_input(asked: str, value: Mapping[str, Any]) -> str:
+    more = value.get("input") or value.get("context")
+    if more is not None and not isinstance(more, str):
+        raise Unfit("wrong type: input is no text")
+    return f"{asked}\n\n{more}" if more and more.strip() else asked
+
+
+def _self_instruct(value: Any) -> Rows:
+    value = _mapping(value)
+    asked, instances = text_of(value, ("instruction",)), value.get("instances")
+    if not isinstance(instances, list) or not instances:
+        raise Unfit("missing field: instances")
+    found: Rows = []
+    for instance in map(_mapping, instances):
+        found += _dialogue(_asked_with_input(asked, instance), text_of(instance, ("output",)), {})
+    return found
+
+
+def _completion(value: Any) -> Rows:
+    value = _mapping(value)
+    asked = next((value[k] for k in ASKED if isinstance(value.get(k), str | list)), None)
+    answer = next((value[k] for k in ANSWERS if isinstance(value.get(k), str | list)), None)
+    if isinstance(asked, list) and isinstance(answer, list):
+        return dialogues.rows({"messages": [*asked, *answer]})
+    return _dialogue(text_of(value, ASKED), text_of(value, ANSWERS), value)
+
+
+def _pairs(value: Any) -> Rows:
+    value = _mapping(value)
+    answer = value.get("answer")
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
+    return _dialogue(text_of(value, ("question",)), text_of({"answer": answer}, ("answer",)), value)
+
+
+def _prompt(value: Any) -> Rows:
+    value = _mapping(value)
+    asked = value.get("prompt")
+    if isinstance(asked, list):
+        return [("prompts", {"messages": turns(asked)})]
+    text = _asked_with_input(text_of(value, QUESTION), value)
+    return [("prompts", {"messages": dialogues.with_system(value.get("system"), [{"role": "user", "content": text}])})]
+
+
+SHAPES: dict[Shape, Callable[[Any], Rows]] = {
+    "text": _text,
+    "alpaca": _alpaca,
+    "self-instruct": _self_instruct,
+    "prompt-completion": _completion,
+    "pairs": _pairs,
+    "prompt": _prompt,
+    **{name: dialogues.rows for name in ("chat", "sharegpt", "tool-chat")},
+    **{f"preference-{kind}": dialogues.preferences for kind in ("dialogue", "text", "turns")},
+    "kto": dialogues.kto,
+    **choices.SHAPES,
+}

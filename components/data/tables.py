@@ -1,0 +1,144 @@
+"""The rows of Parquet, Arrow, CSV and TSV, as streams."""
+
+import csv
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from components.data.strict import DAMAGED
+
+BATCH = 512  # rows that are turned into Python values at a time
+FIELD = 1 << 26  # characters of one field of CSV
+# The questions of MMLU as first published have no header: a question, four choices and the letter of the right one.
+HEADLESS = ["question", "A", "B", "C", "D", "answer"]
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What a broken Parquet or Arrow file raises."""
+    import pyarrow
+
+    return (pyarrow.ArrowException,)
+
+
+def seekable(f: IO[bytes]) -> IO[bytes]:
+    """The whole of a stream where one can jump about in it: in memory, or where it is large in an unnamed file."""
+    copy = tempfile.SpooledTemporaryFile(1 << 24)  # noqa: SIM115  # it goes with its last reader
+    while chunk := f.read(1 << 20):
+        copy.write(chunk)
+    copy.seek(0)
+    return copy
+
+
+def rows(kind: str, source: Path | IO[bytes], groups: range | None, line: int) -> Iterator[tuple[int, Any]]:
+    """(number, row) of a Parquet or Arrow file; `groups` are the row groups to read, `line` the first row's number."""
+    for batch in _batches(kind, source, groups):
+        for at in range(0, batch.num_rows, BATCH):
+            for value in _values(batch.slice(at, BATCH)):
+                yield line, value
+                line += 1
+
+
+def _batches(kind: str, source: Path | IO[bytes], groups: range | None) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    where: Any = str(source) if isinstance(source, Path) else source
+    if kind == "parquet":
+        with pyarrow.parquet.ParquetFile(where, pre_buffer=False) as parquet:
+            yield from parquet.iter_batches(BATCH, row_groups=list(groups) if groups is not None else None)
+        return
+    with pyarrow.memory_map(where) if isinstance(source, Path) else pyarrow.PythonFile(where, "r") as f:
+        if f.read(6) == b"ARROW1":  # the file format; `datasets` writes the stream format
+            reader = pyarrow.ipc.open_file(f)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            f.seek(0)
+            yield from pyarrow.ipc.open_stream(f)
+
+
+def _values(batch: Any) -> list[Any]:
+    """Rows as dicts. Where a text's bytes are no UTF-8, that row alone is bytes that say so."""
+    try:
+        found: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError as e:
+        if batch.num_rows == 1:
+            return [f"not UTF-8: byte {e.start + 1} of a text is 0x{e.object[e.start]:02x}".encode()]
+        half = batch.num_rows // 2
+        return _values(batch.slice(0, half)) + _values(batch.slice(half))
+    return found
+
+
+def groups_of(path: Path) -> list[int]:
+    """The rows of each row group of a Parquet file."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as parquet:
+        return [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+
+
+def as_text(value: Any) -> bytes:
+    """A row as JSON, to be shown: its own bytes are no text."""
+    return json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "surrogatepass")
+
+
+def csv_rows(read: Iterable[tuple[int, bytes, bool]], delimiter: str) -> Iterator[tuple[int, Any, bytes, str | None]]:
+    """(line, row by the header's names, its bytes, reason). A row may hold line ends within quotes."""
+    csv.field_size_limit(FIELD)
+    taken: list[tuple[int, bytes]] = []
+
+    def texts() -> Iterator[str]:
+        for number, line, whole in read:
+            taken.append((number, line if whole else line + b"\n"))
+            yield line.decode("utf-8", "surrogateescape")
+
+    source = texts()
+    first = next(source, None)
+    if first is None:
+        return
+    if delimiter == "," and "," not in first:  # what a spreadsheet writes where the comma parts decimals
+        delimiter = ";" if ";" in first else "\t" if "\t" in first else ","
+    reader = csv.reader(_chained(first, source), delimiter=delimiter, strict=True)
+    header = next(reader)
+    if len(header) == len(HEADLESS) and re.fullmatch("[A-D]", header[-1].strip()):
+        yield 1, dict(zip(HEADLESS, header, strict=True)), _raw(taken), None
+        header = HEADLESS
+    while True:
+        taken.clear()
+        row, reason = None, None
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            reason = f"not CSV: {e}"
+        raw = _raw(taken)
+        if reason is None:
+            reason = _reason(row or [], header, raw)
+        yield taken[0][0], None if reason else dict(zip(header, row or [], strict=True)), raw, reason
+
+
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _raw(taken: list[tuple[int, bytes]]) -> bytes:
+    return b"".join(line for _, line in taken).rstrip(b"\r\n")
+
+
+def _reason(row: list[str], header: list[str], raw: bytes) -> str | None:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return f"not UTF-8: byte {e.start + 1} is 0x{raw[e.start]:02x}"
+    if not row:
+        return "empty line"
+    if len(row) != len(header):
+        return f"not a row: {len(row)} fields, the header has {len(header)}"
+    for bad in ("\0", "\ufffd"):
+        if bad.encode() in raw:
+            return DAMAGED[bad]
+    return None
