@@ -22,7 +22,7 @@ from components.artifact import ForjaError
 from components.model.checkpoint import Marks
 from components.model.gpt import GPTConfig
 
-HEADER, NEWER = struct.Struct("<7i"), 0x616B3432  # what the later versions of the format begin with: "ak42"
+HEADER, NEWER = struct.Struct("<7i"), 0x616B3432  # the number that the later versions of the format begin with
 UNKNOWN, START, END, BYTES = 0, 1, 2, 3  # the ids of three marks, and of byte 0
 AROUND = Marks(START, (END,))
 LARGEST = 1 << 24  # no number of the header is beyond that
