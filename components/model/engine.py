@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from components.artifact import ForjaError, building, read_record, to_json, write_record
 from components.model.checkpoint import default_device as device
+from components.model.fused import keep_freed_memory
 from components.model.muon import Muon
 
 KEPT = 2  # checkpoints on disk: the newest, and the one before it in case the newest is damaged
@@ -79,6 +80,7 @@ class Engine:
     """A model with its optimiser, as DeepSpeed drives them."""
 
     def __init__(self, model: nn.Module, optim: Optim, batch: int) -> None:
+        keep_freed_memory()
         deepspeed = _deepspeed()
         self.optim, self.micro = optim, micro_batch(batch)
         zero = int(os.environ.get("FORJA_ZERO", "0"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from components.model.attention import attend
+from components.model.fused import gelu, nats
 from components.model.rotary import Scaling, rotate, tables
 
 
@@ -139,7 +140,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x).square())
+        return self.down(gelu(x) if self.activation == "gelu" else F.relu(x).square())
 
 
 class Block(nn.Module):
@@ -261,10 +262,22 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         at: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """With `at` [B, T] boolean, the n positions where it is True alone, as [n, vocab] or [n]: a head costs most."""
+        """With `at` [B, T] boolean, the n positions where it is True alone, as [n, vocab] or [n]: a head costs most.
+
+        With `targets`, token ids [B, T], or [n] with `at`, minus the log-probability of each instead, in nats: the
+        logits themselves are never kept in float32, which is faster and takes less memory.
+        """
         hidden = self.hidden(ids, positions=positions, mask=mask, cache=cache)
-        return self.logits(hidden if at is None else hidden[at])
+        hidden = hidden if at is None else hidden[at]
+        if targets is None:
+            return self.logits(hidden)
+        if self.config.logit_cap is not None:
+            return F.cross_entropy(self.logits(hidden).flatten(0, -2), targets.flatten(), reduction="none").view_as(
+                targets
+            )
+        return nats(hidden.flatten(0, -2), self.head.weight, targets.flatten()).view_as(targets)
 
 
 def parameter_count(model: nn.Module) -> int:

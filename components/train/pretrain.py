@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -30,8 +29,7 @@ class Config(Training, frozen=True, extra="forbid"):
 def window_loss(model: nn.Module, items: Sequence[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
     """The summed cross-entropy in nats of windows [context + 1]."""
     ids = torch.from_numpy(np.stack(items)).to(device())
-    logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"), {}
+    return model(ids[:, :-1], targets=ids[:, 1:]).sum(), {}
 
 
 def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
@@ -43,7 +41,7 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log) -> dict
     context = cfg.model.context
 
     # 2. What is held out: the same windows every time.
-    heldout = windows(tokenize / "val.bin", context, 0, 0, cfg.val_windows)
+    heldout = windows(tokenize / "val.npy", context, 0, 0, cfg.val_windows)
 
     @torch.no_grad()
     def validate(model: GPT) -> dict[str, float]:
@@ -54,7 +52,7 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log) -> dict
     last = fit(
         model,
         cfg,
-        lambda step: windows(tokenize / "train.bin", context, cfg.seed, step, cfg.batch),
+        lambda step: windows(tokenize / "train.npy", context, cfg.seed, step, cfg.batch),
         window_loss,
         lambda window: len(window) - 1,
         validate,
