@@ -35,7 +35,7 @@ def write_tokens(path: Path) -> None:
     import numpy as np
 
     p = 1 / np.arange(1, VOCAB + 1)
-    np.random.default_rng(0).choice(VOCAB, size=1_000_000, p=p / p.sum()).astype(np.uint16).tofile(path)
+    np.save(path, np.random.default_rng(0).choice(VOCAB, size=1_000_000, p=p / p.sum()).astype(np.uint16))
 
 
 def batches(shard: Path, smoke: bool):
@@ -166,7 +166,7 @@ def compare(smoke: bool, seconds: float) -> dict:
 
     s, batch, peak_width = shape(smoke), 4 if smoke else 16, 256 if smoke else 2048
     with tempfile.TemporaryDirectory() as folder:
-        shard = Path(folder) / "train.bin"
+        shard = Path(folder) / "train.npy"
         write_tokens(shard)
         arguments = [str(shard), *(["--smoke"] if smoke else [])]
         children = {name: begin(__file__, ["--contender", name, *arguments]) for name in CONTENDERS}

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from components.artifact import ForjaError, digest, fingerprint
-from pipelines.identity import STAGES, code_hashes
+from components.data.hub import fetch
+from pipelines.identity import SOURCES, STAGES, bytes_of, code_hashes
 
 DVC = [sys.executable, "-m", "dvc"]
 FORJA = [sys.executable, "-m", "pipelines.cli"]
@@ -45,9 +46,35 @@ def inputs_of(root: Path, stage: str) -> dict[str, Path]:
     return {Path(dep).name: root / dep for dep in stages[stage].get("deps", [])}
 
 
+def source_of(root: Path, stage: str, config: dict[str, Any]) -> dict[str, Path]:
+    """{key: where it lies} of what the stage's section names outside the chain; fetched if it lies on a hub.
+
+    Of a tokenizer, the file. Empty for a stage that names nothing.
+    """
+    key = SOURCES.get(stage, "")
+    named = config.get(key)
+    if not named:
+        return {}
+    path = fetch(named, root)
+    if key == "tokenizer" and path.is_dir():
+        path /= "tokenizer.json"
+    if key == "tokenizer" and not path.is_file():
+        raise ForjaError(f"{stage}.{key}: {path} is missing; name a tokenizer.json or a folder that holds one")
+    return {key: path}
+
+
+def sources(root: Path, params: dict[str, Any]) -> dict[str, str | None]:
+    """{key: identity of the bytes that it names}, for every key that may name some; None where it names nothing."""
+    found: dict[str, str | None] = dict.fromkeys(SOURCES.values())
+    for stage in SOURCES:
+        found |= {key: bytes_of(path) for key, path in source_of(root, stage, params.get(stage) or {}).items()}
+    return found
+
+
 def identify(root: Path, stage: str, config: dict[str, Any], code: str) -> tuple[str, dict[str, str]]:
     """The fingerprint that `stage` will have on the inputs that lie here, and the digests of these inputs."""
     inputs = {name: digest(folder) for name, folder in inputs_of(root, stage).items()}
+    inputs |= {key: bytes_of(path) for key, path in source_of(root, stage, config).items()}
     return fingerprint(stage, config, code, inputs), inputs
 
 
@@ -90,7 +117,7 @@ def stale(root: Path, params: dict[str, Any], new_data: bool = False) -> dict[st
     Compares data.dvc, params, code and the hashes in dvc.lock; it does not look into the artifacts. `new_data` says
     that data/ will be ingested first.
     """
-    lock, code = locked(root), code_hashes(root)
+    lock, code, outside = locked(root), code_hashes(root), sources(root, params)
     graph = read_yaml(root / "dvc.yaml")["stages"]
     now: dict[str, str | None] = {"data": data_version(root)}
     found: dict[str, list[str]] = {}
@@ -106,6 +133,9 @@ def stale(root: Path, params: dict[str, Any], new_data: bool = False) -> dict[st
         reasons += _changes(stage, held.get("params.yaml", {}).get(stage, {}), params[stage])
         if held.get("code.yaml", {}).get(stage) != code[stage]:
             reasons.append("its code changed")
+        key = SOURCES.get(stage, "")
+        if key and held.get("code.yaml", {}).get(key) != outside[key]:
+            reasons.append(f"what {stage}.{key} names changed")
         for dep in entry.get("deps", []):
             name = Path(dep["path"]).name
             if found.get(name) or (name == "data" and new_data):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from components.artifact import ForjaError, write_atomic
+from components.artifact import RECORD, ForjaError, digest, sha256, write_atomic
 
 MODULES = {
     "ingest": "components.data.ingest",
@@ -27,6 +27,8 @@ MODULES = {
     "evaluate": "components.release.evaluate",
 }
 STAGES = [name for name in MODULES if name != "ingest"]
+# The key of a stage's section that may name files outside the chain: the bytes they hold are part of its identity.
+SOURCES = {"tokenize": "tokenizer", "pretrain": "init"}
 
 
 class Module(NamedTuple):
@@ -42,12 +44,27 @@ def code_hashes(root: Path, package: str = "components") -> dict[str, str]:
     return {stage: _hash(module, parsed) for stage, module in MODULES.items()}
 
 
-def write_code_yaml(root: Path) -> None:
-    """code.yaml: every stage's hash, read by DVC as a parameter. Untouched where nothing changed."""
-    text = yaml.safe_dump({stage: h for stage, h in code_hashes(root).items() if stage in STAGES}, sort_keys=True)
+def write_code_yaml(root: Path, sources: dict[str, str | None]) -> None:
+    """code.yaml: every stage's hash and what the recipe's sources hold, read by DVC as parameters.
+
+    Untouched where nothing changed.
+    """
+    hashes = {stage: h for stage, h in code_hashes(root).items() if stage in STAGES}
+    text = yaml.safe_dump({**hashes, **sources}, sort_keys=True)
     path = root / "code.yaml"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomic(path, text)
+
+
+def bytes_of(source: Path) -> str:
+    """The identity of what a source holds: sha256 of a file; of a sealed folder, its record's; of any other folder, one
+    over its safetensors and JSON files."""
+    if source.is_file():
+        return sha256(source)
+    if (source / RECORD).is_file():
+        return digest(source)
+    files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
+    return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
 def _name(root: Path, path: Path) -> str:

@@ -164,10 +164,11 @@ def complaints(error: ValidationError, section: str, schema: type[BaseModel]) ->
         if e["type"] == "extra_forbidden":
             known = [f"{section}.{field}" for field in schema.model_fields] if len(e["loc"]) == 1 else []
             lines.append(f"{key}: unknown key{_closest(key, known) or '; take it away'}")
-        elif e["type"] == "missing" or e["input"] is None:
+        elif e["type"] == "missing" or (e["input"] is None and e["type"] != "value_error"):
             lines.append(f"{key}: missing; the recipe must name it, there are no hidden defaults")
         else:
-            lines.append(f"{key}: {_reason(e['msg'])}, not {e['input']!r}; change it in the recipe or by --set")
+            given = "" if e["input"] is None else f", not {e['input']!r}"
+            lines.append(f"{key}: {_reason(e['msg'])}{given}; change it in the recipe or by --set")
     return lines
 
 

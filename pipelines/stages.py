@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
-from components.artifact import ForjaError, building, read_record, to_json, write_atomic, write_record
+from components.artifact import RECORD, ForjaError, building, read_record, to_json, write_atomic, write_record
 from components.log import Log, Metrics, lasting, silent
 from pipelines import dvc
 from pipelines.checkout import home
@@ -35,7 +35,7 @@ def run_stage(root: Path, name: str) -> None:
     """Run one stage, or `code`. Raises ForjaError for what the user can mend; other errors keep their traceback."""
     die_with_parent(0 if "DVC_STAGE" in os.environ and os.getppid() == 1 else os.getppid())
     if name == "code":
-        write_code_yaml(root)
+        write_code_yaml(root, dvc.sources(root, dvc.read_yaml(root / "params.yaml")))
         return
     if name == "ingest":
         from pipelines.snapshot import fetch_or_ingest  # it logs as a stage does, by this module
@@ -50,6 +50,10 @@ def run_stage(root: Path, name: str) -> None:
         raise ForjaError("\n".join(f"params.yaml: {c}" for c in complaints(e, name, module.Config))) from None
     for folder in folders.values():
         read_record(folder)
+    sources = dvc.source_of(root, name, dvc.section(root, name))
+    for source in sources.values():
+        if (source / RECORD).is_file():
+            read_record(source)
     config = cfg.model_dump(mode="json")
     code = code_hashes(root)[name]
     mark, inputs = dvc.identify(root, name, config, code)
@@ -59,7 +63,7 @@ def run_stage(root: Path, name: str) -> None:
     open_diary(diary, name, mark, dvc.data_version(root), resumed)
     scratch.mkdir(parents=True, exist_ok=True)
     out = root / "artifacts" / name
-    arguments = {**folders, **({"scratch": scratch} if takes_scratch(module) else {})}
+    arguments = {**folders, **sources, **({"scratch": scratch} if takes_scratch(module) else {})}
     try:
         with building(out) as temporary, logging_to(diary, name) as log:
             metrics = module.run(cfg, **arguments, out=temporary, log=log)

@@ -26,12 +26,12 @@ def pick(seed: int, step: int, batch: int, n: int) -> list[int]:
 
 
 def windows(shard: Path, context: int, seed: int, step: int, batch: int) -> list[np.ndarray]:
-    """Batch `step` of a shard of uint16 tokens: `batch` windows [context + 1] that overlap by the one shared token.
+    """Batch `step` of a shard of tokens (.npy): `batch` windows [context + 1] that overlap by the one shared token.
 
     Every epoch cuts the shard at another offset, so that a token is not always seen at one position.
     Raises ForjaError where the shard is shorter than two windows.
     """
-    tokens = np.memmap(shard, dtype=np.uint16, mode="r")
+    tokens = np.load(shard, mmap_mode="r")
     per_epoch = (len(tokens) - 1) // context - 1
     if per_epoch < 1:
         raise ForjaError(f"{shard}: {len(tokens)} tokens are fewer than two windows of {context}; ingest more text")

@@ -26,6 +26,8 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def with_special(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, changed: forja's special tokens stand behind its vocabulary, where it lacks them."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
 

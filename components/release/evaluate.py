@@ -97,7 +97,7 @@ def run(
 def compression(models: dict[str, Checkpoint], tokenize: Path) -> Found:
     """Bits per byte of the whole test text, by each model and by xz -9."""
     text = (tokenize / "test.txt").read_bytes()
-    documents = np.fromfile(tokenize / "test.bin", dtype=np.uint16).tolist()
+    documents = np.load(tokenize / "test.npy").tolist()
     metrics = {"xz.bits_per_byte": xz_bits_per_byte(text)}
     for name, (model, tokenizer, _) in models.items():
         separator = special(tokenizer, SEPARATOR)

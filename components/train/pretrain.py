@@ -6,24 +6,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from components.artifact import ForjaError
 from components.data.batches import windows
 from components.data.chat import encode_text
 from components.log import Log
 from components.model.checkpoint import save
 from components.model.engine import device
 from components.model.gpt import GPT, GPTConfig, Shape, parameter_count
+from components.model.interop import initial
 from components.train.loop import Training, fit
 from components.train.samples import write_samples
 
 
 class Config(Training, frozen=True, extra="forbid"):
-    model: Shape
+    model: Shape | None
+    init: str | None  # a checkpoint to start from, of forja's or a Hugging Face folder: a path, or hf:org/name
+    context: int | None = Field(ge=1)  # tokens of a window; None: as many as the model sees
     val_windows: int = Field(ge=1)
     samples: list[str]
+
+    @field_validator("init")
+    @classmethod
+    def _one_or_the_other(cls, init: str | None, info: ValidationInfo) -> str | None:
+        if "model" in info.data and (init is None) == (info.data["model"] is None):
+            raise ValueError("and model: exactly one of the two is null; a model that is there has its own shape")
+        return init
 
 
 def window_loss(model: nn.Module, items: Sequence[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -32,13 +43,20 @@ def window_loss(model: nn.Module, items: Sequence[np.ndarray]) -> tuple[Tensor, 
     return model(ids[:, :-1], targets=ids[:, 1:]).sum(), {}
 
 
-def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
-    # 1. The model: the recipe's shape, the tokenizer's vocabulary.
+def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: Path | None = None) -> dict[str, float]:
+    """`init` is where cfg.init lies, if it names one."""
+    # 1. The model: the recipe's shape and the tokenizer's vocabulary, or one that is there.
     tokenizer = Tokenizer.from_file(str(tokenize / "tokenizer.json"))
     torch.manual_seed(cfg.seed)
-    config = GPTConfig(**cfg.model.model_dump(), vocab_size=tokenizer.get_vocab_size(), head="lm")
-    model = GPT(config).to(device())
-    context = cfg.model.context
+    if cfg.model is not None:
+        config = GPTConfig(**cfg.model.model_dump(), vocab_size=tokenizer.get_vocab_size(), head="lm")
+        model = GPT(config).to(device())
+    else:
+        assert init is not None  # noqa: S101
+        model = initial(init, tokenize / "tokenizer.json").to(device())
+    context = cfg.context or model.config.context
+    if context > model.config.context:
+        raise ForjaError(f"pretrain.context: {context}, and the model sees {model.config.context}; choose at most that")
 
     # 2. What is held out: the same windows every time.
     heldout = windows(tokenize / "val.npy", context, 0, 0, cfg.val_windows)

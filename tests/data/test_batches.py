@@ -22,8 +22,8 @@ def test_a_batch_may_be_larger_than_the_table() -> None:
 
 
 def test_windows_are_pieces_of_the_shard(tmp_path: Path) -> None:
-    shard = tmp_path / "train.bin"
-    np.arange(100, dtype=np.uint16).tofile(shard)
+    shard = tmp_path / "train.npy"
+    np.save(shard, np.arange(100, dtype=np.uint16))
     epoch = [w for step in range(3) for w in windows(shard, 10, 5, step, 3)][:8]
     starts = [int(w[0]) for w in epoch]
     assert all(w.tolist() == list(range(s, s + 11)) for w, s in zip(epoch, starts, strict=True))
@@ -32,9 +32,9 @@ def test_windows_are_pieces_of_the_shard(tmp_path: Path) -> None:
 
 
 def test_a_shard_too_short_is_named(tmp_path: Path) -> None:
-    np.zeros(12, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(ForjaError, match=r"train.bin: 12 tokens are fewer than two windows of 10"):
-        windows(tmp_path / "train.bin", 10, 0, 0, 1)
+    np.save(tmp_path / "train.npy", np.zeros(12, dtype=np.uint16))
+    with pytest.raises(ForjaError, match=r"train.npy: 12 tokens are fewer than two windows of 10"):
+        windows(tmp_path / "train.npy", 10, 0, 0, 1)
 
 
 def test_buckets_hold_like_lengths_and_every_row() -> None:

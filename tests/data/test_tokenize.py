@@ -24,9 +24,9 @@ def test_shards_hold_the_documents(tmp_path: Path) -> None:
     write_tables(tmp_path, ["train", "train", "val", "test"])
     out = tmp_path / "out"
     out.mkdir()
-    metrics = tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1), tmp_path, out, silent)
+    metrics = tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), tmp_path, out, silent)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    shard = np.fromfile(out / "train.bin", dtype=np.uint16)
+    shard = np.load(out / "train.npy")
     texts = [tokenizer.decode(part.tolist()) for part in np.split(shard, np.flatnonzero(shard == 0) + 1)[:2]]
     assert [t.split(":")[0] for t in texts] == ["Document 0", "Document 1"]
     counts = json.loads((out / "tokens.json").read_text())
@@ -39,4 +39,4 @@ def test_shards_hold_the_documents(tmp_path: Path) -> None:
 def test_a_split_without_rows_is_named(tmp_path: Path) -> None:
     write_tables(tmp_path, ["train", "val"])
     with pytest.raises(ForjaError, match="no row in the test split"):
-        tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1), tmp_path, tmp_path, silent)
+        tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), tmp_path, tmp_path, silent)

@@ -59,8 +59,10 @@ def test_a_change_reaches_exactly(tree: Path, name: str, stages: set[str]) -> No
 
 
 def test_code_yaml_holds_the_stages_of_dvc(tree: Path) -> None:
-    identity.write_code_yaml(tree)
-    assert sorted(yaml.safe_load((tree / "code.yaml").read_text())) == sorted(identity.STAGES)
+    identity.write_code_yaml(tree, {"init": None, "tokenizer": "5e"})
+    written = yaml.safe_load((tree / "code.yaml").read_text())
+    assert sorted(written) == sorted([*identity.STAGES, "init", "tokenizer"])
+    assert written["tokenizer"] == "5e"
 
 
 def test_code_that_does_not_parse_is_named(tree: Path) -> None:

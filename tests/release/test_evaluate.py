@@ -2,6 +2,7 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 
 from components.log import silent
@@ -77,7 +78,7 @@ def folders(tmp_path, save_checkpoint, tokenizer):
     write_tables(found["validate"])
     found["tokenize"].mkdir()
     documents = ["The answer is the answer.", "La respuesta es ésta: la respuesta."]
-    pack(tokenizer, documents).tofile(found["tokenize"] / "test.bin")
+    np.save(found["tokenize"] / "test.npy", pack(tokenizer, documents))
     (found["tokenize"] / "test.txt").write_text("\n\n".join(documents), encoding="utf-8")
     quantize.run(quantize.Config(int4_group=16), found["ppo"], found["quantize"], silent)
     return found

@@ -40,7 +40,7 @@ RLHF = {
 }
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
 CONFIGS = {
-    pretrain: pretrain.Config(**TRAINING, model=SHAPE, val_windows=2, samples=["Doc"]),
+    pretrain: pretrain.Config(**TRAINING, model=SHAPE, init=None, context=None, val_windows=2, samples=["Doc"]),
     sft: sft.Config(**TRAINING, prompts=PROMPTS, val_rows=4, sample_rows=2),
     reward: reward.Config(**TRAINING, val_rows=4),
     ppo: ppo.Config(**TRAINING | {"matrix_lr": None}, **RLHF, val_rows=4, sample_rows=2),
@@ -67,7 +67,9 @@ def write_tables(folder: Path) -> None:
 
 def run(stage: ModuleType, root: Path, out: Path, log: Callable[[Metrics, int], None] = silent) -> dict[str, float]:
     folders = {
-        n: root / n for n in inspect.signature(stage.run).parameters if n not in ("cfg", "out", "scratch", "log")
+        n: root / n
+        for n, p in inspect.signature(stage.run).parameters.items()
+        if n not in ("cfg", "out", "scratch", "log") and p.default is p.empty
     }
     out.mkdir(parents=True, exist_ok=True)
     scratch = root / f"scratch-{name_of(stage)}"
@@ -87,7 +89,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     for name in ("validate", "tokenize"):
         (root / name).mkdir()
     write_tables(root / "validate")
-    tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1), root / "validate", root / "tokenize", silent)
+    tokenize.run(
+        tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), root / "validate", root / "tokenize", silent
+    )
     return root, {name_of(stage): run(stage, root, root / name_of(stage)) for stage in CONFIGS}
 
 
