@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -62,22 +62,35 @@ def stage(name: str) -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(help="python-docs, or a folder of .txt and .jsonl.")],
+    source: Annotated[list[str], typer.Argument(help="Files, folders, globs, hf:org/name, or python-docs.")],
+    shape: Annotated[str | None, typer.Option(help="The records' shape, where it is not recognised.")] = None,
+    table: Annotated[str | None, typer.Option(help="The table that the rows go to.")] = None,
+    licence: Annotated[str | None, typer.Option(help="The licence of rows that do not say theirs.")] = None,
+    lang: Annotated[str | None, typer.Option(help="The language of rows that do not say theirs: en or es.")] = None,
+    split: Annotated[str, typer.Option(help="auto, hash, train, val or test.")] = "auto",
     package: Annotated[str | None, typer.Option(help="python-docs: an installed package to learn from.")] = None,
 ) -> None:
     """Take a new data snapshot by hand. Recipes leave it in place until you take another."""
-    from pipelines import dvc, snapshot
-    from pipelines import recipe as recipes
-    from pipelines.console import say
+    from pipelines.ingest import by_hand
 
-    root = find_root()
-    with only_writer(root):
-        dvc.allow_without_git(root)
-        inforce = dvc.read_yaml(root / "params.yaml") or recipes.compose(root, DEMO, [])
-        asked = {"source": source if source == "python-docs" else str(Path(source).resolve()), "package": package}
-        counts = snapshot.take(root, {**inforce["ingest"], **asked}, by="hand")
-        rows = ", ".join(f"{name.removesuffix('.rows')} {n:,.0f}" for name, n in counts.items() if ".rows" in name)
-        say(f"data.dvc names the new snapshot {dvc.data_version(root)}: {rows}")
+    said = {"shape": shape, "table": table, "licence": licence, "lang": lang, "split": split}
+    by_hand(find_root(), [{"source": s, **said} for s in source], package)
+
+
+data = typer.Typer(help="Look at data, and at what changed in it.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="A git revision.")] = "HEAD",
+    new: Annotated[str | None, typer.Argument(help="Another; without it, what lies here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Which rows came, went and changed between two snapshots, by table and source."""
+    from pipelines.data_diff import show
+
+    show(find_root(), old, new, as_json)
 
 
 @app.command()
@@ -117,6 +130,48 @@ def generate(
     from pipelines.generate import speak
 
     print(speak(find_root(), prompt, model, max_tokens, temperature, seed, lang, raw))
+
+
+@app.command()
+def score(
+    file: Annotated[str, typer.Argument(help="A file with text, or - for standard input.")],
+    model: Annotated[Path | None, typer.Option(help="A checkpoint folder; the champion by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Each token too.")] = False,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window; by default what the model sees.")] = None,
+) -> None:
+    """How likely a model finds a text: tokens, log-probability and bits a byte."""
+    from pipelines import score as scoring
+
+    scoring.show(scoring.score(find_root(), scoring.read_text(file), model, context), as_json, tokens)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder, hf:org/name, or a llama2.c .bin.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to make.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="A llama2.c model's tokenizer.bin.")] = None,
+) -> None:
+    """Make a checkpoint of someone else's model. Nothing is unpickled, and none of its code is run."""
+    from components.data.hub import fetch
+    from components.model.interop import import_model
+    from pipelines.console import say
+
+    config = import_model(fetch(source), out, tokenizer)
+    say(f"{out}: {config.layers} layers, {config.width} wide, {config.vocab_size:,} tokens, context {config.context:,}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: a Hugging Face folder.")] = "hf",
+) -> None:
+    """Write a checkpoint as others read it."""
+    from components.model.interop import export_model
+    from pipelines.console import say
+
+    say(f"{out}: a {export_model(model, out)} of Hugging Face's, in float32")
 
 
 @app.command()

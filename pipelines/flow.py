@@ -19,7 +19,7 @@ from prefect.client.schemas import filters
 from prefect.client.schemas.objects import StateType
 from prefect.states import Completed, Crashed, State
 
-from components.artifact import ForjaError, fingerprint, read_record
+from components.artifact import ForjaError, read_record
 from components.log import Log
 from pipelines import dvc, promote, snapshot
 from pipelines.child import stream
@@ -108,7 +108,7 @@ def _stage(run: Run, name: str) -> State:
         command = [*dvc.FORJA, "stage", "ingest"] if wanted.action != "keep" else []
         data = run.root / "data"
         kept = not command and read_record(data, verify=False).fingerprint
-        mark = kept or fingerprint("ingest", run.params["ingest"], "", {})
+        mark = kept or snapshot.mark(run.root, run.params["ingest"])
     else:
         command = [*dvc.DVC, "repro", "--single-item", name]
         mark = "" if name == "code" else dvc.identify(run.root, name, run.params[name], code_hashes(run.root)[name])[0]

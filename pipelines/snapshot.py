@@ -1,7 +1,7 @@
 """The data snapshot: data/, and data.dvc that names it.
 
-`meta` in data.dvc says who took the snapshot: a recipe (then another ingest section or other ingest code replaces it)
-or a person by hand (then it stays until a person takes another).
+`meta` in data.dvc says who took the snapshot, and of what: a recipe (then another ingest section, other ingest code or
+changed source files replace it) or a person by hand (then it stays until a person takes another).
 """
 
 import shutil
@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from components.artifact import RECORD, ForjaError, fingerprint, read_record, write_atomic
-from pipelines import dvc
+from pipelines import dvc, source_files
 from pipelines.identity import code_hashes
 from pipelines.recipe import complaints
 from pipelines.stages import close_diary, diary_of, logging_to, open_diary
@@ -41,7 +41,42 @@ def need(root: Path, config: dict[str, Any]) -> Need:
         return Need("ingest", "the recipe's ingest section is another one than the snapshot's")
     if meta.get("code") != code_hashes(root)[STAGE]:
         return Need("ingest", "the code of ingest changed")
-    return Need("keep", "the snapshot is the recipe's") if present else Need("fetch", "data/ is missing")
+    try:
+        changed = _changed(meta.get("sources", {}), source_files.digests(root, config))
+    except ForjaError as e:
+        return Need("keep" if present else "fetch", f"the snapshot is the recipe's; its sources are not here ({e})")
+    if changed:
+        return Need("ingest", f"{changed} changed")
+    if not present:
+        return Need("fetch", "data/ is missing")
+    unread = ", and its source files are unchanged: none is read" if meta.get("sources") else ""
+    return Need("keep", f"the snapshot is the recipe's{unread}")
+
+
+def _changed(old: dict[str, str], new: dict[str, str]) -> str:
+    return ", ".join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+
+
+def mark(root: Path, config: dict[str, Any]) -> str:
+    """The fingerprint of the snapshot that the ingest section gives on the source files that lie here; where they do
+    not, on those that data.dvc tells of."""
+    try:
+        held = source_files.digests(root, config)
+    except ForjaError:
+        held = (dvc.read_yaml(root / "data.dvc").get("meta") or {}).get("sources", {})
+    return fingerprint(STAGE, config, "", held)
+
+
+def unchanged(root: Path, config: dict[str, Any]) -> bool:
+    """Whether the snapshot that lies here was taken by hand of just these sources, and none has changed."""
+    meta = dvc.read_yaml(root / "data.dvc").get("meta") or {}
+    same = meta == _meta(root, config, "hand")
+    return same and (root / "data" / RECORD).is_file()
+
+
+def _meta(root: Path, config: dict[str, Any], by: str) -> dict[str, Any]:
+    held = source_files.digests(root, config)
+    return {"by": by, "code": code_hashes(root)[STAGE], "config": config} | ({"sources": held} if held else {})
 
 
 def fetch(root: Path) -> bool:
@@ -76,12 +111,14 @@ def take(root: Path, config: dict[str, Any], by: Literal["recipe", "hand"]) -> d
     except ValidationError as e:
         raise ForjaError("\n".join(complaints(e, STAGE, module.Config))) from None
     config = cfg.model_dump(mode="json")
-    mark = fingerprint(STAGE, config, "", {})
-    diary = diary_of(root, STAGE, mark)
-    open_diary(diary, STAGE, mark, None, resumed=False)
+    inputs = source_files.digests(root, config)
+    named = fingerprint(STAGE, config, "", inputs)
+    diary = diary_of(root, STAGE, named)
+    open_diary(diary, STAGE, named, None, resumed=False)
     try:
         with logging_to(diary, STAGE) as log:
-            counts = module.ingest(cfg, root / "data", log)
+            located = module.Config.model_validate(source_files.located(root, config))
+            counts = module.ingest(located, root / "data", log, config, inputs)
         _add(root, config, by)
     except BaseException as e:
         close_diary(diary, "failed", reason=str(e), exit_code=getattr(e, "exit_code", 1))
@@ -99,5 +136,5 @@ def _add(root: Path, config: dict[str, Any], by: str) -> None:
     if done.returncode:
         raise ForjaError(f"dvc add data: {' '.join(done.stderr.split())}; run `dvc doctor`")
     pointer = dvc.read_yaml(root / "data.dvc")
-    pointer["meta"] = {"by": by} if by == "hand" else {"by": by, "code": code_hashes(root)[STAGE], "config": config}
+    pointer["meta"] = _meta(root, config, by)
     write_atomic(root / "data.dvc", yaml.safe_dump(pointer, sort_keys=False, allow_unicode=True))

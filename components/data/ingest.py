@@ -1,131 +1,219 @@
-"""Ingest: a source becomes data/, five tables of JSONL and a record.
+"""Ingest: sources become data/, five tables of JSONL, what was turned away, and a record.
 
-    corpus        id source licence provenance lang object split  text
-    instructions  ...                                             messages
-    preferences   ...                                             messages chosen rejected kind
-    prompts       ...                                             messages
-    eval          ...                                             question choices answer
+    corpus        id source licence provenance lang object split line  text
+    instructions  ...                                                  messages
+    preferences   ...                                                  messages chosen rejected kind
+    prompts       ...                                                  messages
+    eval          ...                                                  question choices answer
 
-The source is the documentation of Python or of an installed package, with generated problems, or a folder of the same
-layout (folder.py).
+A source is python-docs (the documentation of Python or of an installed package, with generated problems), a file, a
+folder, a glob, or a set of the Hugging Face hub. sources.json says what each gave; quarantine.jsonl holds, with file,
+line and reason, every record that was read and turned away.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
-from components.artifact import building, write_record
-from components.data import problems, questions, sources
-from components.data.folder import read_folder
-from components.data.sources import Doc, Origin, hashed, split_of
+from components.artifact import building, to_json, write_record
+from components.data import convert, hfsets, mix, pyrows, readers
+from components.data.convert import Job, Origin, Tally
+from components.data.mix import TABLES, Source, Will
 from components.log import Log
 
-TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
-CHUNK_CHARS = 3000
-GENERATED = Origin("generated", "CC0-1.0", "components/data/problems.py")
-
-Row = dict[str, Any]
+PYTHON = "python-docs"
+WORTH = 1 << 25  # bytes; less is done faster by this process alone than by several
+TOGETHER = 1 << 23  # bytes of small files that are one piece of work
 
 
 class Config(BaseModel, frozen=True, extra="forbid"):
-    """`source` is "python-docs" or a folder; the other keys speak of python-docs alone."""
+    """`seed`, `package`, `problems` and `limit` speak of python-docs alone; the others choose among all records."""
 
-    source: str
-    package: str | None  # None: the standard library
+    sources: list[Source] = Field(min_length=1)
+    licences: list[str] | None  # None: all
+    exclude_sources: list[str]  # patterns of what rows say as their source
+    exclude_ids: str | None  # a file of ids that opted out, one a line
     seed: int
+    package: str | None  # None: the standard library
     problems: int = Field(ge=0, le=100_000)
     limit: int | None = Field(ge=1)  # keep the first objects by hash, for a small recipe
 
+    @field_validator("sources")
+    @classmethod
+    def once(cls, sources: list[Source]) -> list[Source]:
+        names = [s.source for s in sources]
+        if again := next((n for n in names if names.count(n) > 1), None):
+            raise ValueError(f"{again} stands there twice")
+        return sources
 
-def ingest(cfg: Config, out: Path, log: Log) -> dict[str, float]:
-    """Write the data snapshot to `out` and seal it. Returns the number of rows by table, and what was not readable.
 
-    Raises ForjaError when the source is not there or holds nothing to learn from.
+def ingest(
+    cfg: Config, out: Path, log: Log, config: dict[str, Any] | None = None, inputs: dict[str, str] | None = None
+) -> dict[str, float]:
+    """Write the data snapshot to `out` and seal it. `config` is what its record says of the recipe, where the paths of
+    `cfg` are this machine's; `inputs` are the digests of the sources' files. Returns the records read, kept and turned
+    away by source, and the rows by table.
+
+    Raises ForjaError when a source is not there or holds nothing.
     """
     with building(out) as folder:
-        counts = _python_docs(cfg, folder, log) if cfg.source == "python-docs" else read_folder(cfg.source, folder)
-        write_record(folder, "ingest", config=cfg.model_dump(), metrics=counts)
+        counts, told = _all(cfg, folder, log)
+        (folder / "sources.json").write_text(to_json(told), encoding="utf-8", newline="\n")
+        (folder / "quarantine.jsonl").touch()
+        write_record(folder, "ingest", config=config or cfg.model_dump(mode="json"), inputs=inputs, metrics=counts)
     log({"progress": 1.0, **counts}, 1)
     return counts
 
 
-def _python_docs(cfg: Config, folder: Path, log: Log) -> dict[str, float]:
-    log({"progress": 0.0}, 0)
-    origin, docs, failed = sources.python_docs(cfg.package)
-    log({"progress": 0.5}, 0)
-    reference = sources.topics() if cfg.package is None else {}
-    if cfg.limit is not None:
-        groups = sorted({d.object for d in docs} | {f"topic {t}" for t in reference}, key=hashed)
-        kept = set(groups[: cfg.limit])
-        docs = [d for d in docs if d.object in kept]
-        reference = {t: text for t, text in reference.items() if f"topic {t}" in kept}
-    about_docs = questions.of_docs(docs, cfg.seed)
-    about_problems = questions.of_problems(problems.generate(cfg.problems, cfg.seed))
-    asked = about_docs + about_problems
-    tables: dict[str, Iterable[Row]] = {
-        "corpus": _corpus(origin, docs, reference),
-        "instructions": (_row(origin, q, "instruction", messages=q.messages + q.answer) for q in asked),
-        "preferences": (
-            _row(origin, q, "preference", messages=q.messages, chosen=q.first, rejected=rejected, kind=kind)
-            for q, kind, rejected in questions.preferences(asked, cfg.seed)
-        ),
-        "prompts": (_row(origin, q, "prompt", messages=q.messages) for q in _one_an_object(asked, cfg.seed)),
-        "eval": _eval(origin, docs, cfg.seed),
-    }
-    counts = {f"{table}.rows": float(_write(folder / table / "python.jsonl", rows)) for table, rows in tables.items()}
-    return counts | {"objects": float(len(docs)), "modules.failed": float(failed)}
+def _all(cfg: Config, folder: Path, log: Log) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    names = [s.source for s in cfg.sources]
+    told: list[dict[str, Any]] = []
+    extra: dict[str, float] = {}
+    counts = {f"{table}.rows": 0.0 for table in TABLES}
+    for i, (source, label) in enumerate(zip(cfg.sources, mix.labels(names), strict=True)):
+        log({"progress": i / len(names)}, 0)
+        origin = _origin(cfg, source, label)
+        if source.source == PYTHON:
+            tally, extra = _python(cfg, origin, folder, log)
+            files = 0
+        elif source.source.startswith("hf:"):
+            tally, files = _hub(source, origin, folder)
+        else:
+            tally, files = _files(source, origin, folder)
+        if tally.read != tally.kept + tally.quarantined:
+            raise AssertionError(f"{label}: {tally.read} read, {tally.kept} kept, {tally.quarantined} turned away")
+        counts |= {f"{label}.{k}": float(getattr(tally, k)) for k in ("read", "kept", "quarantined")}
+        for (_, table), n in tally.rows.items():
+            counts[f"{table}.rows"] += n
+        told.append(_told(label, files, tally))
+    return counts | extra, told
 
 
-def _corpus(origin: Origin, docs: list[Doc], reference: dict[str, str]) -> Iterator[Row]:
-    pages = [(d.object, d.name, f"docstring of {d.name}", f"{d.signature or d.name}\n\n{d.text}") for d in docs]
-    pages += [(f"topic {t}", f"topic {t}", f"pydoc topic {t}", text) for t, text in reference.items()]
-    for group, name, what, text in pages:
-        for i, piece in enumerate(sources.chunks(text, CHUNK_CHARS)):
-            yield _common(origin, f"corpus/{name}/{i}", what, "en", group) | {"text": piece}
+def _origin(cfg: Config, source: Source, label: str) -> Origin:
+    will = Will(
+        share=source.weight / max(s.weight for s in cfg.sources),
+        licences=None if cfg.licences is None else frozenset(cfg.licences),
+        sources=tuple(cfg.exclude_sources),
+        ids=mix.read_ids(cfg.exclude_ids),
+    )
+    return Origin(label, source.shape, source.licence or "unknown", source.lang, source.split, will)
 
 
-def _eval(origin: Origin, docs: list[Doc], seed: int) -> Iterator[Row]:
-    for doc, four, answer in questions.choices(docs, seed):
-        common = _common(origin, f"choice/{doc.name}", f"docstring of {doc.name}", "en", doc.object)
-        question = questions.ASK["describe"]["en"][0].format(n=doc.name)
-        yield common | {"question": question, "choices": four, "answer": answer}
-
-
-def _one_an_object(asked: list[questions.Question], seed: int) -> Iterator[questions.Question]:
-    """For each name or expression the question that comes first by hash, in the order asked."""
-    first: dict[str, questions.Question] = {}
-    for q in asked:
-        best = first.setdefault(q.about, q)
-        if hashed(f"{seed}/prompt/{q.key}") < hashed(f"{seed}/prompt/{best.key}"):
-            first[q.about] = q
-    return iter(first.values())
-
-
-def _row(origin: Origin, question: questions.Question, what: str, **fields: Any) -> Row:
-    if question.topic == "problem":
-        origin, provenance = GENERATED, question.object
-    else:
-        provenance = f"docstring of {question.about}"
-    return _common(origin, f"{what}/{question.key}", provenance, question.lang, question.object) | fields
-
-
-def _common(origin: Origin, row_id: str, what: str, lang: str, group: str) -> Row:
+def _told(label: str, files: int, tally: Tally) -> dict[str, Any]:
+    """What sources.json says of one source."""
+    rows = [{"shape": s, "table": t, "rows": n} for (s, t), n in sorted(tally.rows.items())]
     return {
-        "id": row_id,
-        "source": origin.source,
-        "licence": origin.licence,
-        "provenance": f"{origin.version}: {what}",
-        "lang": lang,
-        "object": group,
-        "split": split_of(group),
+        "source": label,
+        "files": files,
+        "read": tally.read,
+        "kept": tally.kept,
+        "quarantined": tally.quarantined,
+        "rows": rows,
+        "splits": dict(sorted(tally.splits.items())),
+        "reasons": dict(sorted(tally.reasons.items())),
     }
 
 
-def _write(path: Path, rows: Iterable[Row]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
-    with path.open("w", encoding="utf-8", newline="\n") as f:
-        return sum(1 for line in lines if f.write(line))
+def _python(cfg: Config, origin: Origin, folder: Path, log: Log) -> tuple[Tally, dict[str, float]]:
+    log({"progress": 0.0}, 0)
+    tables, extra = pyrows.tables(cfg.package, cfg.seed, cfg.problems, cfg.limit)
+    log({"progress": 0.5}, 0)
+    tally = convert.NOTHING
+    for table, rows in tables.items():
+        path = folder / table / "python.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as f, (folder / "quarantine.jsonl").open("ab") as away:
+            for row in rows:
+                tally += _python_row(table, row, origin, f, away)
+    return tally, extra
+
+
+def _python_row(table: str, row: dict[str, Any], origin: Origin, f: Any, away: Any) -> Tally:
+    reason = origin.will.against(row["id"], row, row["source"], row["licence"], row["id"])
+    if reason is None:
+        f.write(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        return Tally(1, 1, convert.Counter({(PYTHON, table): 1}), convert.Counter({row["split"]: 1}), convert.Counter())
+    away.write(convert.quarantined(readers.Record(row["id"], 0, None, b"", reason), reason, origin.label))
+    return Tally(1, 0, convert.Counter(), convert.Counter(), convert.Counter({reason.partition(":")[0]: 1}))
+
+
+def _hub(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
+    tally, sets = convert.NOTHING, hfsets.splits(source.source, origin.label)
+    for found in sets:
+        of_set = origin._replace(licence=source.licence or found.licence or "unknown")
+        with convert.Out(folder / ".part") as files:
+            first, sample = convert.sampled(found.records)
+            held = convert.held_split(found.name.rpartition("/")[2])
+            tally += convert.convert(first, sample, of_set, source.table, held, files)
+    _append(folder / ".part", folder, origin.label)
+    return tally, len(sets)
+
+
+def _files(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
+    """Convert the files of a source, over all cores where that is worth it; the parts come together in their order."""
+    paths = readers.files_of(source.source)
+    work = _work(source, origin.label, paths)
+    tally = convert.NOTHING
+    size = sum(p.stat().st_size for p in paths)
+    if convert.cores() == 1 or size < WORTH:
+        for jobs in work:
+            tally += convert.work(jobs, origin, folder / ".part")
+            _append(folder / ".part", folder, origin.label)
+        return tally, len(paths)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(convert.cores(), context, initializer=convert.die_with_parent) as pool:
+        waiting: list[tuple[Path, Future[Tally]]] = []
+        for i, jobs in enumerate(work):
+            part = folder / f".part-{i}"
+            waiting.append((part, pool.submit(convert.work, jobs, origin, part)))
+            while waiting and waiting[0][1].done():
+                tally += _taken(waiting.pop(0), folder, origin.label)
+        for one in waiting:
+            tally += _taken(one, folder, origin.label)
+    return tally, len(paths)
+
+
+def _taken(one: tuple[Path, "Future[Tally]"], folder: Path, label: str) -> Tally:
+    part, future = one
+    tally = future.result()
+    _append(part, folder, label)
+    return tally
+
+
+def _work(source: Source, label: str, paths: list[Path]) -> Iterator[list[Job]]:
+    """The pieces of work: parts of large files, and small files together."""
+    root = Path(source.source)
+    together: list[Job] = []
+    size = 0
+    for path in paths:
+        inside = path.relative_to(root).as_posix() if root.is_dir() else path.name
+        table: str | None = source.table or next((t for t in TABLES if inside.startswith(f"{t}/")), None)
+        name = f"{label}/{inside}" if root.is_dir() or len(paths) > 1 else label
+        held = convert.held_split(inside)
+        for part in convert.parts_of(path):
+            if part is not None:
+                yield [Job(path, name, part, table, held)]
+                continue
+            together.append(Job(path, name, None, table, held))
+            size += path.stat().st_size
+        if size > TOGETHER:
+            yield together
+            together, size = [], 0
+    if together:
+        yield together
+
+
+def _append(part: Path, folder: Path, label: str) -> None:
+    """Put what a piece of work wrote behind what stands in the tables, and take it away."""
+    for path in sorted(part.glob("*.jsonl")):
+        into = folder / path.name if path.stem == "quarantine" else folder / path.stem / f"{label}.jsonl"
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as f, into.open("ab") as whole:
+            shutil.copyfileobj(f, whole, 1 << 22)
+    shutil.rmtree(part, ignore_errors=True)

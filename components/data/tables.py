@@ -17,10 +17,10 @@ HEADLESS = ["question", "A", "B", "C", "D", "answer"]
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """What a broken Parquet or Arrow file raises."""
+    """What a broken Parquet, Arrow or CSV file raises."""
     import pyarrow
 
-    return (pyarrow.ArrowException,)
+    return (pyarrow.ArrowException, csv.Error, OSError)
 
 
 def seekable(f: IO[bytes]) -> IO[bytes]:

@@ -13,7 +13,9 @@ from components.data.ingest import TABLES, Config, ingest
 from components.data.sources import Doc, split_of
 from components.log import silent
 
-SMALL = Config(source="python-docs", package=None, seed=3, problems=300, limit=900)
+OPEN = {"licences": None, "exclude_sources": [], "exclude_ids": None}
+PYTHON = {"seed": 3, "package": None, "problems": 300, "limit": 900}
+SMALL = Config.model_validate({"sources": [{"source": "python-docs"}], **OPEN, **PYTHON})
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +104,18 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def folder(tmp_path: Path, files: dict[str, bytes]) -> Path:
+def folder(tmp_path: Path, files: dict[str, bytes], **said: Any) -> Path:
     for name, content in files.items():
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    ingest(
-        Config(source=str(tmp_path / "mine"), package=None, seed=0, problems=0, limit=None), tmp_path / "data", silent
-    )
+    cfg = {"sources": [{"source": str(tmp_path / "mine"), **said}], **OPEN, **PYTHON}
+    ingest(Config.model_validate(cfg), tmp_path / "data", silent)
     return tmp_path / "data"
+
+
+def turned_away(data: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (data / "quarantine.jsonl").read_bytes().split(b"\n") if line]
 
 
 def test_bare_rows_of_a_folder_are_filled(tmp_path: Path) -> None:
@@ -128,15 +133,21 @@ def test_bare_rows_of_a_folder_are_filled(tmp_path: Path) -> None:
     assert corpus[0]["text"] == "Hola.\n\nUn texto."
     assert len(corpus) == 13  # the long file's paragraphs are 2 kB each, a piece holds one
     assert len({r["object"] for r in corpus}) == 13
+    assert [r["line"] for r in corpus[:3]] == [
+        "mine/corpus/a.txt:1",
+        "mine/corpus/long.txt:1",
+        "mine/corpus/long.txt:3",
+    ]
     [row] = read(data, "instructions")
     assert row == {
-        "id": "instructions/i.jsonl:1",
-        "source": "instructions/i.jsonl",
+        "id": "mine/instructions/i.jsonl:1",
+        "source": "mine",
         "licence": "unknown",
-        "provenance": "instructions/i.jsonl, line 1",
+        "provenance": "mine/instructions/i.jsonl, line 1",
         "lang": "es",
         "object": "Say hi",
         "split": split_of("Say hi"),
+        "line": "mine/instructions/i.jsonl:1",
         "messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}],
     }
     [pair] = read(data, "preferences")
@@ -144,14 +155,100 @@ def test_bare_rows_of_a_folder_are_filled(tmp_path: Path) -> None:
     assert pair["object"] == read(data, "prompts")[0]["object"] == "Say hi"
 
 
-def test_lines_that_are_no_rows_are_passed_on_byte_for_byte(tmp_path: Path) -> None:
-    lines = [b"{not json", b"\xff\xfe", b"", b'{"text": NaN}', b"[1]", b'{"text": "a", "text": "b"}']
+def test_every_line_is_a_row_or_in_quarantine_with_its_bytes_and_reason(tmp_path: Path) -> None:
+    lines = [
+        b"{not json",
+        b"\xff\xfe",
+        b"",
+        b'{"text": NaN}',
+        b"[1]",
+        b'{"text": "a", "text": "b"}',
+        b'{"text": "good"}',
+    ]
     data = folder(tmp_path, {"corpus/c.jsonl": b"\n".join(lines)})
-    assert (data / "corpus" / "c.jsonl").read_bytes() == b"\n".join(lines) + b"\n"
+    assert [r["text"] for r in read(data, "corpus")] == ["good"]
+    found = {r["line"]: (r["reason"], r["raw"]) for r in turned_away(data)}
+    assert found == {
+        1: ("not JSON: Expecting property name enclosed in double quotes at character 2", "{not json"),
+        2: ("not UTF-8: byte 1 is 0xff", "\\xff\\xfe"),
+        3: ("empty line", ""),
+        4: ("not JSON: NaN is no JSON number", '{"text": NaN}'),
+        5: ("not an object: a row is {...}, this is a list", "[1]"),
+        6: ("duplicate key: 'text'", '{"text": "a", "text": "b"}'),
+    }
+    assert {(r["file"], r["source"]) for r in turned_away(data)} == {("mine/corpus/c.jsonl", "mine")}
+    counts = read_record(data).metrics
+    assert (counts["mine.read"], counts["mine.kept"], counts["mine.quarantined"]) == (7, 1, 6)
 
 
-def test_a_folder_without_the_layout_is_told_which(tmp_path: Path) -> None:
-    with pytest.raises(ForjaError, match=r"holds no data; it needs corpus/\*\.txt"):
-        folder(tmp_path, {"notes.txt": b"text"})
-    with pytest.raises(ForjaError, match="neither python-docs nor a folder"):
-        ingest(SMALL.model_copy(update={"source": str(tmp_path / "none")}), tmp_path / "data", silent)
+def test_what_is_not_there_or_holds_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ForjaError, match="mine: holds no data; files that end in"):
+        folder(tmp_path, {"picture.png": b"text", "README.md": b"about", ".hidden.txt": b"x"})
+    with pytest.raises(ForjaError, match="no such file or folder; give one, a glob, hf:org/name or python-docs"):
+        none = {"sources": [{"source": str(tmp_path / "none")}], **OPEN, **PYTHON}
+        ingest(Config.model_validate(none), tmp_path / "data", silent)
+
+
+ROWS = b"".join(
+    b'{"id": "r%d", "text": "Text number %d.", "licence": "%s", "source": "%s"}\n'
+    % (i, i, b"MIT" if i % 2 else b"GPL-3.0", b"wiki" if i % 5 else b"crawl/x")
+    for i in range(1000)
+)
+
+
+def mixed(tmp_path: Path, **said: Any) -> dict[str, list[dict[str, Any]]]:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(ROWS)
+    sources = [{"source": str(tmp_path / "a.jsonl"), "weight": 3}, {"source": str(tmp_path / "b.jsonl"), "weight": 1.5}]
+    cfg = Config.model_validate({"sources": sources, **OPEN, **PYTHON, **said})
+    counts = ingest(cfg, tmp_path / "data", silent)
+    for name in ("a.jsonl", "b.jsonl"):
+        assert counts[f"{name}.read"] == counts[f"{name}.kept"] + counts[f"{name}.quarantined"] == 1000
+    rows = read(tmp_path / "data", "corpus")
+    return {x: [r for r in rows if r["line"].startswith(f"{x}.jsonl:")] for x in "ab"}
+
+
+def test_a_weight_of_half_draws_half_and_the_same_half_again(tmp_path: Path) -> None:
+    first = mixed(tmp_path)
+    assert len(first["a"]) == 1000
+    assert 440 < len(first["b"]) < 560  # 500 and four standard deviations
+    assert mixed(tmp_path) == first
+    away = turned_away(tmp_path / "data")
+    assert len(away) == 1000 - len(first["b"])
+    assert {(r["source"], r["reason"], r["raw"]) for r in away} == {("b.jsonl", "not drawn: the source's weight", "")}
+    assert (
+        first["a"][1]["licence"] == "MIT" and first["a"][1]["source"] == "wiki" and first["a"][1]["id"] == "a.jsonl/r1"
+    )
+
+
+def test_licences_sources_and_ids_are_left_out_and_their_text_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "out.txt").write_text("r7\na.jsonl/r9\n")
+    said = {"licences": ["MIT"], "exclude_sources": ["crawl/*"], "exclude_ids": str(tmp_path / "out.txt")}
+    kept = {r["id"] for r in mixed(tmp_path, **said)["a"]}
+    assert kept == {f"a.jsonl/r{i}" for i in range(1000) if i % 2 and i % 5 and i not in (7, 9)}
+    away = [r for r in turned_away(tmp_path / "data") if r["source"] == "a.jsonl"]
+    assert Counter(r["reason"] for r in away) == {
+        "licence: GPL-3.0 is none of those allowed": 500,
+        "excluded: source crawl/x": 100,
+        "excluded: its id opted out": 2,
+    }
+    assert all(r["raw"] == "" for r in away)
+
+
+def test_several_processes_and_parts_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = b"".join(b'{"text": "%d %s"}\n' % (i, b"x" * (i % 700)) for i in range(5000)) + b"{broken\n"
+    files = {"a.jsonl": rows, "b.jsonl": b'{"text": "last"}\n', "c.txt": b"One.\n\nTwo.\n" * 9000}
+    whole = folder(tmp_path / "one", files)
+    monkeypatch.setattr("components.data.convert.cores", lambda: 2)
+    monkeypatch.setattr("components.data.ingest.WORTH", 1)
+    monkeypatch.setattr("components.data.ingest.TOGETHER", 1)
+    again = folder(tmp_path / "two", files)
+    for name in ("corpus/mine.jsonl", "quarantine.jsonl", "sources.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    monkeypatch.setattr("components.data.convert.BLOCK", 100_000)
+    parts = folder(tmp_path / "three", files)
+    lines = [r["line"] for r in read(parts, "corpus") if "a.jsonl" in r["line"]]
+    assert lines == [f"mine/a.jsonl:{i}" for i in range(1, 5001)]
+    assert turned_away(parts) == turned_away(whole)
+    said = "".join(r["text"] for r in read(parts, "corpus") if "c.txt" in r["line"])
+    assert said == "One.\n\nTwo.\n" * 9000

@@ -1,0 +1,319 @@
+"""From records to rows: each becomes rows of the documented schema, or a line of the quarantine with its reason.
+
+For every source, records read = records kept + records in quarantine. Files are worked on side by side, a large one in
+parts, and what comes out depends on neither how many cores there were nor who was first.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import orjson
+
+from components.data import shapes, tables
+from components.data.mix import POLICY, Will
+from components.data.readers import SPLITS, Part, Record, kind_of, records
+from components.data.sources import hashed, split_of
+from components.data.strict import Unfit
+
+SAMPLE = 64  # records by which a file's shape is told,
+SAMPLE_BYTES = 1 << 22  # or as many as are in so many bytes
+RAW = 2_000  # characters of a record that the quarantine shows
+SUBJECT = 200  # characters; a longer subject is named by its beginning and its hash
+BLOCK = 1 << 25  # bytes of a large file that are one piece of work
+LANGUAGES = {"english": "en", "spanish": "es", "español": "es", "espanol": "es", "castellano": "es"}
+OWN = {"id", "source", "licence", "license", "provenance", "url", "lang", "language", "object", "split", "line"}
+ROW = orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+
+Row = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """A file, or a part of it. `name` is its path as rows name it; `held` the split that its name says."""
+
+    path: Path
+    name: str
+    part: Part | None
+    table: str | None
+    held: str | None
+
+
+class Origin(NamedTuple):
+    """What a source says of all its rows."""
+
+    label: str
+    shape: str | None
+    licence: str
+    lang: str | None
+    split: str
+    will: Will
+
+
+class Tally(NamedTuple):
+    """Records read, kept and turned away; rows by (shape, table) and by split; the quarantine by kind of reason."""
+
+    read: int
+    kept: int
+    rows: Counter[tuple[str, str]]
+    splits: Counter[str]
+    reasons: Counter[str]
+
+    @property
+    def quarantined(self) -> int:
+        return sum(self.reasons.values())
+
+    def __add__(self, other: Any) -> "Tally":
+        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NOTHING = Tally(0, 0, Counter(), Counter(), Counter())
+
+
+def die_with_parent() -> None:
+    """A worker ends when whoever started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def held_split(name: str) -> str | None:
+    """test or val where a file's name or one of its folders' says so; None for train, which is cut by hash."""
+    *folders, file = name.lower().split("/")
+    words = [*folders, *re.split(r"[^a-z]+", file)]
+    found = [SPLITS[w] for w in words if w in SPLITS]
+    return found[-1] if found and found[-1] != "train" else None
+
+
+def parts_of(path: Path) -> Iterator[Part | None]:
+    """A file as pieces of work; [None] for one that is read in one go. Lines stay whole."""
+    kind, packed = kind_of(path.name)
+    if packed is None and kind == "parquet" and path.stat().st_size > BLOCK:
+        yield from _row_groups(path)
+    elif packed is None and kind in ("jsonl", "text") and path.stat().st_size > 2 * BLOCK:
+        start, line = 0, 1
+        with path.open("rb") as f:
+            while block := f.read(BLOCK):
+                size, ended = len(block), block.count(b"\n")
+                while more := f.readline(BLOCK):
+                    size += len(more)
+                    if more[-1:] == b"\n":
+                        ended += 1
+                        break
+                yield Part(start, start + size, line)
+                start, line = start + size, line + ended
+    else:
+        yield None
+
+
+def _row_groups(path: Path) -> Iterator[Part | None]:
+    try:
+        counts = tables.groups_of(path)
+    except tables.errors():
+        yield None  # whoever reads it says what is the matter
+        return
+    line = 1
+    for i, count in enumerate(counts):
+        yield Part(i, i + 1, line)
+        line += count
+
+
+def work(jobs: list[Job], origin: Origin, out: Path) -> Tally:
+    """Convert some files into `out`: one .jsonl a table, and quarantine.jsonl."""
+    tally = NOTHING
+    with Out(out) as files:
+        for job in jobs:
+            found = records(job.path, job.name, job.part)
+            first, sample = (found, None) if origin.shape else sampled(found)
+            if job.part is not None and job.part.line > 1 and sample is not None:
+                _, sample = sampled(records(job.path, job.name))
+            tally += convert(first, sample, origin, job.table, job.held, files)
+    return tally
+
+
+class Out:
+    """The files of one piece of work, each opened when its first row comes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.open: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> "Out":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for f in self.open.values():
+            f.close()
+
+    def write(self, name: str, line: bytes) -> None:
+        f = self.open.get(name)
+        if f is None:
+            f = self.open[name] = (self.folder / f"{name}.jsonl").open("ab", buffering=1 << 20)
+        f.write(line)
+
+
+def sampled(found: Iterator[Record]) -> tuple[Iterator[Record], list[Any]]:
+    """The records, and the values of the first ones."""
+    first: list[Record] = []
+    size = 0
+    for record in found:
+        first.append(record)
+        size += len(record.raw)
+        if len(first) >= SAMPLE or size > SAMPLE_BYTES:
+            break
+    return chain(first, found), [r.value for r in first if r.reason is None]
+
+
+def convert(
+    found: Iterator[Record], sample: list[Any] | None, origin: Origin, table: str | None, held: str | None, files: Out
+) -> Tally:
+    """Write the rows of `found`. The shape is the recipe's, else that of the sample, else told record by record."""
+    shape, reason = origin.shape, ""
+    if shape is None and sample:
+        try:
+            shape = shapes.detect(sample)
+        except Unfit as e:
+            reason = str(e)
+    read = kept = 0
+    rows: Counter[tuple[str, str]] = Counter()
+    splits: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for record in found:
+        read += 1
+        try:
+            if record.reason is not None:
+                raise Unfit(record.reason)
+            name, made = _made(record, shape, reason, origin, table, held)
+        except Unfit as e:
+            why = str(e)
+            kind = why.partition(":")[0]
+            reasons[kind] += 1
+            files.write("quarantine", quarantined(record, why, origin.label))
+            continue
+        kept += 1
+        for of_table, row in made:
+            files.write(of_table, to_line(row))
+            rows[name, of_table] += 1
+            splits[row["split"]] += 1
+    return Tally(read, kept, rows, splits, reasons)
+
+
+def _made(
+    record: Record, shape: str | None, reason: str, origin: Origin, table: str | None, held: str | None
+) -> tuple[str, list[tuple[str, Row]]]:
+    value = record.value
+    place = f"{record.file}:{record.line}"
+    own = value if type(value) is dict and not OWN.isdisjoint(value) else {}
+    common = _common(own, place, record, origin)
+    if away := origin.will.against(place, own, common["source"], common["licence"], common["id"]):
+        raise _Away(away)
+    if shape is None:
+        name = shapes.name_of(value)
+        if name is None:
+            raise Unfit(reason or shapes.no_shape(value))
+    else:
+        name = shape
+    made = shapes.rows(name, value)
+    if table is not None:
+        made = [shapes.to_table(*row, table) for row in made]
+    found = []
+    for i, (of_table, fields) in enumerate(made, start=1):
+        row = {**common, **fields}
+        if i > 1:
+            row["id"] = f"{common['id']}/{i}"
+        _place(row, own, of_table, origin, held)
+        found.append((of_table, row))
+    return name, found
+
+
+class _Away(Unfit):
+    """Left out by the recipe's will."""
+
+
+def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
+    """The fields that every row has, but for object and split."""
+    row = {
+        "id": place,
+        "source": origin.label,
+        "licence": origin.licence,
+        "provenance": f"{record.file}, line {record.line}",
+        "lang": origin.lang or "en",
+        "line": place,
+    }
+    if not own:
+        return row
+    whole = "provenance" in own and "object" in own  # a row of forja's, whose id is known elsewhere
+    if isinstance(own.get("id"), str | int) and not isinstance(own["id"], bool) and str(own["id"]).strip():
+        row["id"] = own["id"] if whole else f"{origin.label}/{own['id']}"
+    for key, names in (("source", ("source",)), ("licence", ("licence", "license")), ("line", ("line",))):
+        given = next((own[n] for n in names if isinstance(own.get(n), str) and own[n].strip()), None)
+        if given is not None:
+            row[key] = given
+    given = own.get("provenance", own.get("url"))
+    if isinstance(given, str) and given.strip():
+        row["provenance"] = given
+    if isinstance(own.get("lang"), str):
+        row["lang"] = _language(own["lang"])
+    elif origin.lang is None and isinstance(own.get("language"), str):
+        said = _language(own["language"])
+        row["lang"] = said if re.fullmatch("[a-z]{2}", said) else row["lang"]
+    return row
+
+
+def _language(said: str) -> str:
+    """en for English, en-US or EN."""
+    low = said.strip().lower()
+    return LANGUAGES.get(low) or re.sub(r"^([a-z]{2})[-_].*$", r"\1", low)
+
+
+def _place(row: Row, own: Row, table: str, origin: Origin, held: str | None) -> None:
+    """What the row is about, and its split: the recipe's, the row's own, the file's, or by hash. A question with
+    choices is never trained on."""
+    said = own.get("object")
+    about = said if isinstance(said, str) and said.strip() else _subject(table, row) or row["id"]
+    row["object"] = about
+    given = SPLITS.get(own["split"].lower()) if isinstance(own.get("split"), str) else None
+    if origin.split not in ("auto", "hash"):
+        row["split"] = origin.split
+    elif origin.split == "auto" and (given or held):
+        row["split"] = given or held
+    else:
+        by_hash = split_of(about)
+        row["split"] = "test" if table == "eval" and by_hash == "train" else by_hash
+
+
+def _subject(table: str, row: Row) -> str:
+    """What a bare row is about, so that a question stays in one split over the tables: its first turn."""
+    if table == "corpus":
+        return ""
+    text: str = f"choice: {row['question']}" if table == "eval" else row["messages"][0]["content"]
+    return text if len(text) <= SUBJECT else f"{text[:SUBJECT]}… {hashed(text):016x}"
+
+
+def to_line(row: Row) -> bytes:
+    """A row as a line of JSON. Numbers beyond 64 bits, and dates in a tool's arguments, take the slower way."""
+    try:
+        return orjson.dumps(row, option=ROW)
+    except TypeError:
+        return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def quarantined(record: Record, reason: str, source: str) -> bytes:
+    """A line of the quarantine. Of what the recipe leaves out the text is not kept: who opted out is not stored."""
+    raw = b"" if reason.partition(":")[0] in POLICY else record.raw[: 4 * RAW]
+    if not raw and record.value is not None and reason.partition(":")[0] not in POLICY:
+        raw = tables.as_text(record.value)[: 4 * RAW]
+    text = raw.decode("utf-8", "backslashreplace")[:RAW]
+    row = {"file": record.file, "line": record.line, "reason": reason, "raw": text, "source": source}
+    return orjson.dumps(row, option=ROW)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
