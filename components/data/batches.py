@@ -1,5 +1,6 @@
 """Which rows make which batch: a function of (seed, step) alone, so any step can be reached without the ones before."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,10 +39,17 @@ def windows(shard: Path, context: int, seed: int, step: int, batch: int) -> list
     out: list[np.ndarray] = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, index = divmod(position, per_epoch)
-        rng = np.random.Generator(np.random.Philox(key=seed, counter=epoch))
-        offset, start = int(rng.integers(context)), int(rng.permutation(per_epoch)[index]) * context
+        offset, places = _epoch(seed, epoch, context, per_epoch)
+        start = int(places[index]) * context
         out.append(np.asarray(tokens[offset + start : offset + start + context + 1], dtype=np.int64))
     return out
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, context: int, per_epoch: int) -> tuple[int, np.ndarray]:
+    """Where an epoch begins to cut, and the order of its windows. Kept: drawing it takes longer than a small step."""
+    rng = np.random.Generator(np.random.Philox(key=seed, counter=epoch))
+    return int(rng.integers(context)), rng.permutation(per_epoch)
 
 
 def bucketed(lengths: list[int], seed: int, step: int, batch: int, pool: int = 16) -> list[int]:
