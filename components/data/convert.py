@@ -290,9 +290,10 @@ def _place(row: Row, own: Row, table: str, origin: Origin, held: str | None) -> 
 
 
 def _subject(table: str, row: Row) -> str:
-    """What a bare row is about, so that a question stays in one split over the tables: its first turn."""
+    """What a bare row is about, so that a question stays in one split over the tables: its first turn. A document is
+    about itself: its copies stay together, and its split does not depend on what stands before it."""
     if table == "corpus":
-        return ""
+        return f"text {hashed(row['text']):016x}"
     text: str = f"choice: {row['question']}" if table == "eval" else row["messages"][0]["content"]
     return text if len(text) <= SUBJECT else f"{text[:SUBJECT]}… {hashed(text):016x}"
 
