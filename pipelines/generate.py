@@ -12,6 +12,7 @@ def speak(
 ) -> str:
     """What the model says to `prompt`, as one turn of a user; with `raw`, how it continues the text."""
     from components.data import chat
+    from components.model.checkpoint import marks_of
     from components.model.generate import generate
     from components.release.quantize import load
 
@@ -22,13 +23,16 @@ def speak(
         folder = champion_folder(root, named["name"], named["alias"])
     model, tokenizer, prompts = load(folder)
     if raw or not prompts:  # a base model has no templates
-        ids = chat.encode_text(tokenizer, prompt)
+        start, ends = marks_of(folder, tokenizer)
+        ids = [*([] if start is None else [start]), *chat.encode_text(tokenizer, prompt)]
+        stop = ends[0] if ends else model.config.vocab_size  # a model without an end is stopped by nothing
     elif lang in prompts:
         ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": prompt}], prompts[lang])
+        stop = chat.special(tokenizer, chat.END)
     else:
         raise ForjaError(f"--lang {lang}: {folder} has no such template; one of {', '.join(sorted(prompts))}")
-    stop = chat.special(tokenizer, chat.SEPARATOR if raw or not prompts else chat.END)
     new = generate(model, [ids], max_new_tokens=max_tokens, stop=stop, temperature=temperature, seed=seed)[0]
-    if raw or not prompts:
-        return str(tokenizer.decode([i for i in new if i != stop]))
+    if raw or not prompts:  # some tokenizers drop a space that a text begins with: here it is in the middle of one
+        whole = tokenizer.decode([*ids, *(i for i in new if i != stop)])
+        return str(whole[len(tokenizer.decode(ids)) :])
     return chat.answer_text(tokenizer, new)

@@ -200,7 +200,7 @@ def initial(source: Path, tokenizer: Path) -> GPT:
         config, tensor, text, _ = read(source)
         state = {name: tensor(name) for name in checkpoint.shapes_of(config)}
     if config.head != "lm":
-        raise ForjaError(f"{source}: has a head of head {config.head!r}, not of tokens; name a language model")
+        raise ForjaError(f"{source}: has a head of one value, not of tokens; name a language model")
     old = Tokenizer.from_str(text.decode())
     known = set(old.get_vocab().values())
     new = Tokenizer.from_file(str(tokenizer))

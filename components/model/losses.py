@@ -9,6 +9,8 @@ from torch import Tensor
 
 from components.model.gpt import GPT
 
+LOGITS = 1 << 25  # numbers that are held at once where only one of a row is wanted
+
 
 def pad_right(sequences: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> Tensor:
     """Sequences of several lengths as one LongTensor [N, longest], filled with `pad` behind."""
@@ -46,7 +48,10 @@ def token_logprobs(model: GPT, sequences: Sequence[Sequence[int]], pad: int, bat
     out: list[Tensor] = [torch.empty(0)] * len(sequences)
     for batch in by_length([len(s) for s in sequences], batch_tokens):
         ids = pad_right([sequences[i] for i in batch], pad, device)
-        logprobs = next_logprobs(model(ids), ids).cpu()
+        hidden, targets = model.hidden(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        rows = max(1, LOGITS // model.config.vocab_size)
+        parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+        logprobs = torch.cat([picked_logprobs(model.logits(h), t) for h, t in parts]).view(len(batch), -1).cpu()
         for row, i in enumerate(batch):
             out[i] = logprobs[row, : len(sequences[i]) - 1].clone()
     return out

@@ -7,6 +7,9 @@ import lzma
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from components.data.chat import SEPARATOR, encode, special
 from components.model.checkpoint import Checkpoint
 from components.model.gpt import GPT
@@ -28,18 +31,21 @@ def windows(n: int, context: int) -> list[tuple[int, int, int]]:
     return found
 
 
+def text_logprobs(model: GPT, tokens: Sequence[int], pad: int, context: int | None = None) -> Tensor:
+    """log p of the tokens 1..n-1 of a text of any length, each once, by windows of `context` (default: the model's)."""
+    cut = windows(len(tokens), context or model.config.context)
+    logprobs = token_logprobs(model, [tokens[start:end] for start, end, _ in cut], pad)
+    # logprobs[i][j] belongs to the window's token j + 1.
+    parts = [lp[first - start - 1 :] for lp, (start, _, first) in zip(logprobs, cut, strict=True)]
+    return torch.cat([torch.empty(0), *parts])
+
+
 def text_bits_per_byte(model: GPT, documents: Sequence[int], n_bytes: int, separator: int) -> float:
     """Bits per byte of packed documents (tokens, `separator` behind each document) that are `n_bytes` long as text.
 
     The separators are paid for: the model must say where a document ends as a compressor of the text must.
     """
-    tokens = [separator, *documents]
-    cut = windows(len(tokens), model.config.context)
-    logprobs = token_logprobs(model, [tokens[start:end] for start, end, _ in cut], separator)
-    # logprobs[i][j] belongs to the window's token j + 1.
-    nats = -sum(
-        lp[first - start - 1 :].double().sum().item() for lp, (start, _, first) in zip(logprobs, cut, strict=True)
-    )
+    nats = -text_logprobs(model, [separator, *documents], separator).double().sum().item()
     return bits_per_byte(nats, n_bytes)
 
 
