@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.rounds import begin, end, fastest, forja_environment, say, take, turns
+from benchmarks.rounds import Turns, begin, end, fastest, forja_environment, say, take
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 4096
@@ -61,12 +61,12 @@ def forja(shard: Path, smoke: bool) -> None:
     from components.train.loop import Training, fit
     from components.train.pretrain import window_loss
 
-    turn, batch = turns(), batches(shard, smoke)
+    turns, batch = Turns(), batches(shard, smoke)
 
     def batch_at(step: int):
-        if step == 0:
-            return batch(step)  # the first step warms up, and is nobody's turn
-        if next(turn, "over") == "over":
+        if step > 1:
+            turns.end()
+        if step > 0 and not turns.begin():  # the first step warms up, and is nobody's turn
             raise SystemExit
         return batch(step)
 
@@ -109,8 +109,10 @@ def loop(model, loss_of, batch, bf16: bool, **adamw) -> None:
         loss.item()
 
     step(0)
-    for n, _ in enumerate(turns(), 1):
-        step(n)
+    turns, n = Turns(), 0
+    while turns.begin():
+        step(n := n + 1)
+        turns.end()
 
 
 def plain(shard: Path, smoke: bool) -> None:
@@ -151,8 +153,10 @@ def products(smoke: bool) -> None:
     n = 256 if smoke else 2048
     a, b = torch.randn(2, n, n, dtype=torch.bfloat16)
     a @ b
-    for _ in turns():
+    turns = Turns()
+    while turns.begin():
         a @ b
+        turns.end()
 
 
 def flops(s: dict[str, int], tokens: int) -> float:

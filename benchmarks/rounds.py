@@ -1,8 +1,8 @@
 """Competitors side by side: one process each, taking turns, so that what else runs on the machine hits all alike.
 
-A contender is a child process that calls `turns()`; the parent starts them with `begin` and lets each take its turn
-with `take`. Compared is the mean of each one's fastest tenth: on busy cores a step is slowed tenfold now and then, and
-never made faster.
+A contender is a child process that takes its `Turns`; the parent starts them with `begin` and lets each take steps with
+`take`. Compared is the mean of each one's fastest tenth: on busy cores a step is slowed tenfold now and then, and never
+made faster.
 """
 
 import json
@@ -10,50 +10,63 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 Contender = subprocess.Popen[str]
 
 
-def turns() -> Iterator[None]:
-    """In a child: yields once a step, when it is this one's turn. Standard output is kept for the answers."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to standard error
-    print("ready", file=answers)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            started = time.perf_counter()
-            yield
-            seconds.append(time.perf_counter() - started)
-        print(json.dumps(seconds), file=answers)
+class Turns:
+    """In a child: `while turns.begin(): ...; turns.end()`. Standard output is kept for the answers."""
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # what libraries print goes to standard error
+        self.left, self.started, self.seconds = 0, 0.0, list[float]()
+        self.tell("ready")
+
+    def begin(self) -> bool:
+        """Wait until it is this one's turn; False when the parent has heard enough."""
+        if not self.left:
+            line = sys.stdin.readline()
+            if not line:
+                return False
+            self.left, self.seconds = int(line), []
+        self.started = time.perf_counter()
+        return True
+
+    def end(self) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+        self.left -= 1
+        if not self.left:
+            self.tell(self.seconds)
+
+    def tell(self, answer: Any) -> None:
+        print(json.dumps(answer), file=self.answers)
 
 
-def begin(script: str, arguments: Sequence[str], environment: dict[str, str] | None = None) -> Contender:
+def begin(script: str, arguments: Sequence[str]) -> Contender:
     """Start a contender and wait until it is ready: start-up is not compared."""
     child = subprocess.Popen(  # noqa: S603
-        [sys.executable, script, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | (environment or {}),
+        [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    answer = child.stdout.readline() if child.stdout else ""
-    if answer != "ready\n":
-        child.wait()
-        raise SystemExit(f"{script} {' '.join(arguments)}: ended with {child.returncode} before its first turn")
+    heard(child)
     return child
 
 
 def take(child: Contender, steps: int) -> list[float]:
     """The seconds of each of the next `steps` steps."""
-    assert child.stdin and child.stdout  # noqa: S101
     print(steps, file=child.stdin, flush=True)
-    answer = child.stdout.readline()
+    seconds: list[float] = heard(child)
+    return seconds
+
+
+def heard(child: Contender) -> Any:
+    """The child's next answer."""
+    answer = child.stdout.readline() if child.stdout else ""
     if not answer:
         raise SystemExit(f"{child.args}: ended with {child.wait()}")
-    seconds: list[float] = json.loads(answer)
-    return seconds
+    return json.loads(answer)
 
 
 def end(children: Sequence[Contender]) -> None:

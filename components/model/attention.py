@@ -56,7 +56,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Short rows in bfloat16 on a CPU by plain batched products: there and back the fused kernel takes twice the time."""
+    """Short rows in bfloat16 on a CPU by plain batched products: the fused kernel takes twice the time."""
     y: Tensor = _Short.apply(q, k, v.to(q.dtype))
     return y
 

@@ -63,6 +63,26 @@ class _Gelu(torch.autograd.Function):
         return grad * slope
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021)."""
+    y: Tensor = _SquaredRelu.apply(x)
+    return y
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.mul(grad, positive).mul_(2)
+
+
 def nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(hidden weight^T)[target], float32 [n], of hidden [n, width], weight [vocab, width], targets [n]."""
     if torch.is_autocast_enabled(hidden.device.type):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from components.model.attention import attend
-from components.model.fused import gelu, nats
+from components.model.fused import gelu, nats, squared_relu
 from components.model.rotary import Scaling, rotate, tables
 
 
@@ -88,6 +88,12 @@ class KVCache:
             self.v[layer].scatter_(2, at, v.to(self.v.dtype))
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def grow(self, length: int) -> None:
+        """Make room for `length` positions, the slots so far kept in place."""
+        more = length - self.k.shape[3]
+        if more > 0:
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+
     def keep(self, rows: Tensor) -> None:
         """Drop every sequence but `rows` (indices): finished ones leave the batch."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
@@ -140,7 +146,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(gelu(x) if self.activation == "gelu" else F.relu(x).square())
+        return self.down(gelu(x) if self.activation == "gelu" else squared_relu(x))
 
 
 class Block(nn.Module):
