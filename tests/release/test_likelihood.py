@@ -1,5 +1,6 @@
 import lzma
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,10 +79,14 @@ class Fixed(torch.nn.Module):
     def __init__(self, probabilities):
         super().__init__()
         self.wte = torch.nn.Embedding(len(probabilities), 1)
-        self.logits = torch.tensor(probabilities).log()
+        self.config = SimpleNamespace(vocab_size=len(probabilities))
+        self.logprobs = torch.tensor(probabilities).log()
 
-    def forward(self, ids):
-        return self.logits.expand(*ids.shape, -1)
+    def hidden(self, ids):
+        return ids[..., None].float()
+
+    def logits(self, hidden):
+        return self.logprobs.expand(*hidden.shape[:-1], -1)
 
 
 def test_kl_by_hand():
