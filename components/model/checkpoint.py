@@ -11,10 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from components.artifact import Damaged, ForjaError, to_json
 from components.data.chat import SEPARATOR, special
+from components.model import parallel
 from components.model.gpt import GPT, GPTConfig
 
 WEIGHTS, SHAPE, TOKENIZER, PROMPTS = "model.safetensors", "model.json", "tokenizer.json", "prompts.json"
@@ -51,8 +53,9 @@ def save(model: GPT, folder: Path, tokenizer: Path, prompts: dict[str, dict[str,
 
 
 def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
-    """The model in eval mode and float32 on `device` (default: `default_device()`), its tokenizer and templates.
+    """The model in eval mode and float32 on `device`, its tokenizer and templates.
 
+    Where no device is named it goes to `default_device()`, or over several if the environment says so (parallel.py).
     Raises Damaged where a file is missing or does not fit the shape. A quantized folder is for release/quantize.py's
     `load`, which takes either: training, which needs this one, does not depend on how models are quantized.
     """
@@ -61,6 +64,8 @@ def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
         raise ForjaError(f"{folder}: quantized, and cannot be trained on; name the folder that it was made from")
     config = GPTConfig.model_validate(shape)
     try:
+        if device is None and parallel.wanted():
+            return assembled(parallel.load_divided(hollow(config), folder / WEIGHTS), folder, None)
         model = filled(config, load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as e:
         why = f"its tensors are not those of {SHAPE} ({str(e).splitlines()[0]})"
@@ -71,8 +76,7 @@ def load(folder: Path, device: str | torch.device | None = None) -> Checkpoint:
 def filled(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
     """The model whose weights are the tensors of `state`, which are not copied. Raises RuntimeError where they do not
     fit."""
-    with torch.device("meta"):  # no memory, and no time for weights that are replaced at once
-        model = GPT(config)
+    model = hollow(config)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = config.head == "lm" and config.tied
     if unexpected or set(missing) - ({"head.weight"} if tied else set()):
@@ -82,10 +86,23 @@ def filled(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
     return model
 
 
+class _NoDraws(TorchFunctionMode):
+    """Nothing is drawn for tensors without memory: PyTorch would import a second's worth of modules to do so."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+def hollow(config: GPTConfig) -> GPT:
+    """A model whose weights have shapes but no memory."""
+    with torch.device("meta"), _NoDraws():
+        return GPT(config)
+
+
 def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of every tensor in a checkpoint's file, a tied one once."""
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
+    state = hollow(config).state_dict()
     if config.head == "lm" and config.tied:
         del state["head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -140,7 +157,11 @@ def assembled(model: GPT, folder: Path, device: str | torch.device | None) -> Ch
     """A model with its weights, with the tokenizer and the templates that lie beside them."""
     prompts = json.loads((folder / PROMPTS).read_bytes()) if (folder / PROMPTS).is_file() else {}
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    return Checkpoint(model.to(device or default_device()).eval(), tokenizer, prompts)
+    tokenizer.no_truncation()  # some tokenizers of other people's cut every text at a length
+    tokenizer.no_padding()
+    if not parallel.divided(model):
+        model = model.to(device or default_device())
+    return Checkpoint(model.eval(), tokenizer, prompts)
 
 
 def default_device() -> torch.device:

@@ -67,7 +67,7 @@ def run(cfg: Config, ppo: Path, out: Path, log: Log) -> dict[str, float]:
 
     `logit_deviation` is the largest |difference| over one batch of random tokens; `bits_per_weight` counts all weights.
     """
-    full = load(ppo)
+    full = load(ppo, checkpoint.default_device())
     full_bytes = (ppo / WEIGHTS).stat().st_size
     weights = sum(p.numel() for p in full.model.parameters())
     ids = torch.randint(
