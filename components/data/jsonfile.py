@@ -7,7 +7,7 @@ whoever reads a value judges it, so that one broken element costs only itself.
 
 import re
 from collections.abc import Generator, Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 CHUNK = 1 << 20
 # A whole string, or a bracket or comma, or the quote of a string that does not end in the buffer.
@@ -16,7 +16,14 @@ SPACE = re.compile(rb"[ \t\r\n]*+")
 SCALAR = re.compile(rb'[^ \t\r\n\[\]{},"]*+')
 CLOSED = {b"]": b"[", b"}": b"{"}
 
-Found = tuple[int, bytes, str | None]  # the line where a value begins, its bytes, and why it is none
+
+class Found(NamedTuple):
+    """The line where a value begins, its bytes, why it is none, and whether it is all that the file holds."""
+
+    line: int
+    raw: bytes
+    reason: str | None
+    alone: bool = False
 
 
 class _Buffer:
@@ -63,25 +70,28 @@ class _Buffer:
 
 
 def values(f: IO[bytes], limit: int) -> Iterator[Found]:
-    """(line, bytes, reason) of every value; the reason is None where the brackets fit. A value over `limit` bytes, or
-    one that is never closed, is the last."""
+    """Every value; the reason is None where the brackets fit. One that is never closed, or that does not end within
+    `limit` bytes, is the last."""
     buffer = _Buffer(f, limit)
+    number = 0
     while first := buffer.skip():
+        number += 1
         if first == b"[":
             closed = yield from _elements(buffer)
             if not closed:
                 return
         elif first in b"]},":
             line, raw = buffer.line, _rest(buffer)
-            yield line, raw, f"not JSON: {first.decode()!r} stands where a value should"
+            yield Found(line, raw, f"not JSON: {first.decode()!r} stands where a value should")
             return
         else:
             line, size, whole = buffer.line, *_extent(buffer)
             raw = buffer.data[buffer.start : buffer.start + size]
-            yield line, raw, None if whole else _unclosed(buffer)
             if not whole:
+                yield Found(line, raw, _unclosed(buffer))
                 return
             buffer.to(buffer.start + size)
+            yield Found(line, raw, _too_long(raw, limit), alone=number == 1 and not buffer.skip())
 
 
 def _extent(buffer: _Buffer) -> tuple[int, bool]:
@@ -119,13 +129,17 @@ def _elements(buffer: _Buffer) -> Generator[Found, None, bool]:
             depth += (token in (b"{", b"[")) - (token in (b"}", b"]"))
         raw = buffer.data[buffer.start : buffer.start + begin].rstrip(b" \t\r\n")
         if not token or token == b"}":
-            yield line, raw, _unclosed(buffer)
+            yield Found(line, raw, _unclosed(buffer))
             return False
-        yield line, raw, None if raw else "not JSON: nothing stands beside a comma"
+        yield Found(line, raw, _too_long(raw, buffer.limit) if raw else "not JSON: nothing stands beside a comma")
         buffer.to(buffer.start + at)
         several = True
         if token == b"]":
             return True
+
+
+def _too_long(raw: bytes, limit: int) -> str | None:
+    return f"value too long: over {limit:,} bytes" if len(raw) > limit else None
 
 
 def _unclosed(buffer: _Buffer) -> str:

@@ -202,18 +202,19 @@ def _jsonl(name: str, f: IO[bytes], part: Part | None) -> Iterator[Record]:
 
 def _json(name: str, f: IO[bytes]) -> Iterator[Record]:
     number = 0
-    for line, raw, broken in jsonfile.values(f, LINE):
+    for line, raw, broken, alone in jsonfile.values(f, LINE):
         try:
             if broken:
                 raise Unfit(broken)
-            spread = jsonfile.spread(loads(raw))
+            value = loads(raw)
         except Unfit as e:
             number += 1
             yield Record(name, number, None, raw, f"{e} (line {line})")
             continue
-        for value in spread:
+        spread = jsonfile.spread(value) if alone else [value]
+        for one in spread:
             number += 1
-            yield Record(name, number, value, raw if len(spread) == 1 else b"", None)
+            yield Record(name, number, one, raw if len(spread) == 1 else b"", None)
 
 
 def _pieces(name: str, read: Iterator[tuple[int, bytes, bool]], cut: bool) -> Iterator[Record]:

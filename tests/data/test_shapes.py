@@ -1,0 +1,326 @@
+"""Each published shape is told by its keys, and becomes the rows worked out here by hand."""
+
+from typing import Any
+
+import pytest
+
+from components.data.shapes import SHAPES, detect, rows, to_table
+from components.data.sources import hashed
+from components.data.strict import Unfit
+
+
+def u(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def a(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}
+
+
+TOOL = {"role": "tool", "content": "7"}
+CHOICE = {"question": "Which?", "choices": ["a", "b", "c"], "answer": 1}
+CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
+    ("text", "just text", [("corpus", {"text": "just text"})]),
+    ("text", {"text": "t", "url": "x", "id": 3}, [("corpus", {"text": "t"})]),
+    ("text", {"content": "t"}, [("corpus", {"text": "t"})]),
+    ("alpaca", {"instruction": "i", "input": "", "output": "o"}, [("instructions", {"messages": [u("i"), a("o")]})]),
+    (
+        "alpaca",
+        {"instruction": "i", "input": "n", "output": "o"},
+        [("instructions", {"messages": [u("i\n\nn"), a("o")]})],
+    ),
+    (
+        "alpaca",
+        {"instruction": "i", "context": "n", "response": "o"},
+        [("instructions", {"messages": [u("i\n\nn"), a("o")]})],
+    ),
+    (
+        "alpaca",
+        {"instruction": "i", "output": "o", "history": [["q", "p"]], "system": "s"},
+        [("instructions", {"messages": [u("s\n\nq"), a("p"), u("i"), a("o")]})],
+    ),
+    (
+        "self-instruct",
+        {"instruction": "i", "instances": [{"input": "", "output": "x"}, {"input": "n", "output": "y"}]},
+        [("instructions", {"messages": [u("i"), a("x")]}), ("instructions", {"messages": [u("i\n\nn"), a("y")]})],
+    ),
+    ("prompt-completion", {"prompt": "p", "completion": " c"}, [("instructions", {"messages": [u("p"), a(" c")]})]),
+    ("prompt-completion", {"prompt": "p", "response": "c"}, [("instructions", {"messages": [u("p"), a("c")]})]),
+    (
+        "prompt-completion",
+        {"prompt": [u("p")], "completion": [a("c")]},
+        [("instructions", {"messages": [u("p"), a("c")]})],
+    ),
+    (
+        "prompt-completion",
+        {"context": "1 +", "continuation": " 1"},
+        [("instructions", {"messages": [u("1 +"), a(" 1")]})],
+    ),
+    ("pairs", {"question": "q", "answer": "a #### 1"}, [("instructions", {"messages": [u("q"), a("a #### 1")]})]),
+    ("prompt", {"prompt": "p", "source": "s"}, [("prompts", {"messages": [u("p")]})]),
+    ("chat", {"messages": [u("p"), a("c")]}, [("instructions", {"messages": [u("p"), a("c")]})]),
+    ("chat", {"messages": [u("p")]}, [("prompts", {"messages": [u("p")]})]),
+    (
+        "chat",
+        {"messages": [{"role": "system", "content": "s"}, u("p"), a("c")]},
+        [("instructions", {"messages": [u("s\n\np"), a("c")]})],
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}], "system": "s"},
+        [("instructions", {"messages": [u("s\n\np"), a("c")]})],
+    ),
+    (
+        "tool-chat",
+        {
+            "conversations": [
+                {"from": "human", "value": "p"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 3}}'},
+                {"from": "observation", "value": "7"},
+                {"from": "gpt", "value": "c"},
+            ],
+            "tools": '[{"name": "f"}]',
+        },
+        [("instructions", {"messages": [u("p"), call(x=3), TOOL, a("c")], "tools": [{"name": "f"}]})],
+    ),
+    (
+        "tool-chat",
+        {
+            "messages": [
+                u("p"),
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 3}'}}],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": "7"},
+                a("c"),
+            ]
+        },
+        [("instructions", {"messages": [u("p"), call(x=3), TOOL, a("c")]})],
+    ),
+    (
+        "tool-chat",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "reasoning", "value": "hm"},
+                        {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 3}}'},
+                    ],
+                },
+                {"role": "function", "content": {"x": 7}},
+                a("c"),
+            ]
+        },
+        [
+            (
+                "instructions",
+                {
+                    "messages": [
+                        u("pq"),
+                        {**call(x=3), "reasoning": "hm"},
+                        {"role": "tool", "content": '{"x": 7}'},
+                        a("c"),
+                    ]
+                },
+            )
+        ],
+    ),
+    (
+        "preference-dialogue",
+        {
+            "chosen": "\n\nHuman: p\n\nAssistant: q\n\nHuman: r\n\nAssistant: yes ",
+            "rejected": "\n\nHuman: p\n\nAssistant: q\n\nHuman: r\n\nAssistant:  no",
+        },
+        [
+            (
+                "preferences",
+                {"messages": [u("p"), a("q"), u("r")], "chosen": a("yes "), "rejected": a(" no"), "kind": "wrong"},
+            )
+        ],
+    ),
+    (
+        "preference-text",
+        {"prompt": "p", "chosen": "y", "rejected": "n"},
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
+    (
+        "preference-text",
+        {"system": "s", "question": "p", "chosen": "y", "rejected": "n", "kind": "cut"},
+        [("preferences", {"messages": [u("s\n\np")], "chosen": a("y"), "rejected": a("n"), "kind": "cut"})],
+    ),
+    (
+        "preference-turns",
+        {
+            "conversations": [{"from": "human", "value": "p"}],
+            "chosen": {"from": "gpt", "value": "y"},
+            "rejected": a("n"),
+        },
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
+    (
+        "preference-turns",
+        {"prompt": "p", "chosen": [u("p"), a("y")], "rejected": [u("p"), a("n")], "messages": [u("p"), a("y")]},
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
+    (
+        "preference-turns",
+        {"prompt": [u("p")], "chosen": [a("y")], "rejected": [a("n")]},
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
+    ("kto", {"prompt": "p", "completion": "c", "label": True}, [("instructions", {"messages": [u("p"), a("c")]})]),
+    ("kto", {"messages": [u("p"), a("c")], "label": False}, [("prompts", {"messages": [u("p")], "rejected": a("c")})]),
+    ("choices", {"query": "Which?", "choices": ["a", "b", "c"], "gold": 1}, [("eval", CHOICE)]),
+    ("choices", {"question": "Which?", "choices": ["a", "b", "c"], "answer": "B"}, [("eval", CHOICE)]),
+    (
+        "choices",
+        {"question": "Which?", "choices": ["a", "xx", "c"], "answer": "xx"},
+        [("eval", CHOICE | {"choices": ["a", "xx", "c"]})],
+    ),
+    ("mmlu", {"question": "Which?", "choice0": "a", "choice1": "b", "choice2": "c", "answer": "1"}, [("eval", CHOICE)]),
+    ("mmlu", {"question": "Which?", "A": "a", "B": "b", "C": "c", "D": "", "answer": "b"}, [("eval", CHOICE)]),
+    (
+        "arc",
+        {"question": "Which?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        [("eval", CHOICE)],
+    ),
+    ("hellaswag", {"ctx": "Which?", "ctx_a": "W", "endings": ["a", "b", "c"], "label": "1"}, [("eval", CHOICE)]),
+    (
+        "truthfulqa",
+        {"question": "Which?", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [0, 1, 0]}},
+        [("eval", CHOICE)],
+    ),
+    (
+        "piqa",
+        {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+        [("eval", {"question": "g", "choices": ["a", "b"], "answer": 1})],
+    ),
+    (
+        "winogrande",
+        {"sentence": "Ann beat Eve, so _ won.", "option1": "Ann", "option2": "Eve", "answer": "2"},
+        [("eval", {"question": "Ann beat Eve, so ", "choices": ["Ann won.", "Eve won."], "answer": 1})],
+    ),
+    (
+        "winogrande",
+        {"context_options": ["so Ann", "so Eve"], "continuation": "won.", "gold": 0},
+        [("eval", {"question": "so ", "choices": ["Ann won.", "Eve won."], "answer": 0})],
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "value", "wanted"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
+def test_shapes(shape: str, value: Any, wanted: list[tuple[str, dict[str, Any]]]) -> None:
+    assert detect([value]) == shape
+    assert rows(shape, value) == wanted
+
+
+def test_every_shape_has_a_case() -> None:
+    assert {shape for shape, _, _ in CASES} == SHAPES.keys()
+
+
+def test_truthfulqa_as_csv_has_its_best_answer_where_the_hash_says() -> None:
+    value = {"Question": "Q?", "Best Answer": "best", "Correct Answers": "best; x", "Incorrect Answers": "w1; w2;w3; "}
+    [(table, row)] = rows(detect([value]), value)
+    at = hashed("choice/Q?") % 4
+    wanted = ["w1", "w2", "w3"]
+    wanted.insert(at, "best")
+    assert (table, row) == ("eval", {"question": "Q?", "choices": wanted, "answer": at})
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "reason"),
+    [
+        ("alpaca", {"instruction": "i"}, "missing field: output or response"),
+        ("alpaca", {"instruction": 3, "output": "o"}, "wrong type: instruction is no text"),
+        ("alpaca", [1], "not an object: a row is {...}, this is a list"),
+        ("text", {"text": None}, "wrong type: text is no text"),
+        ("pairs", {"question": "q", "answer": 3}, "wrong type: answer is no text"),
+        ("chat", {"messages": []}, "missing field: messages"),
+        (
+            "chat",
+            {"messages": [{"role": "judge", "content": "x"}]},
+            "roles: message 1 is 'judge''s, not a user's, assistant's, tool's or system's",
+        ),
+        (
+            "chat",
+            {"messages": [u("p"), {"role": "system", "content": "s"}]},
+            "roles: message 2 is the system's, after others have spoken",
+        ),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "parts: message 1 holds a image_url, which is no text",
+        ),
+        (
+            "tool-chat",
+            {"messages": [{"from": "function_call", "value": "{no json"}]},
+            "tool calls: message 1 holds a call that is not JSON",
+        ),
+        (
+            "tool-chat",
+            {"messages": [{"from": "function_call", "value": '{"name": 3}'}]},
+            "tool calls: message 1 has a call without name or arguments",
+        ),
+        (
+            "preference-dialogue",
+            {"chosen": "\n\nHuman: p\n\nAssistant: y", "rejected": "\n\nHuman: q\n\nAssistant: n"},
+            "dialogue: chosen and rejected part before their last turn",
+        ),
+        ("preference-text", {"chosen": "y", "rejected": "n"}, "missing field: prompt, question or messages"),
+        (
+            "preference-turns",
+            {"prompt": "p", "chosen": u("y"), "rejected": a("n")},
+            "roles: chosen is one turn of the assistant's",
+        ),
+        ("kto", {"messages": [u("p")], "label": True}, "roles: a judged dialogue ends with the assistant's answer"),
+        ("kto", {"messages": [u("p"), a("c")]}, "label: true or false is needed"),
+        ("choices", {"query": "q", "choices": ["a", "b"], "gold": 2}, "answer: 2 points to none of the 2 choices"),
+        (
+            "choices",
+            {"query": "q", "choices": ["a", "b"], "gold": True},
+            "answer: True points to none of the 2 choices",
+        ),
+        ("choices", {"query": "q", "choices": ["a"], "gold": 0}, "choices: a list of texts is needed"),
+        (
+            "arc",
+            {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "E"},
+            "answer: 'E' is none of the labels",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(shape: str, value: Any, reason: str) -> None:
+    with pytest.raises(Unfit) as e:
+        rows(shape, value)
+    assert str(e.value) == reason
+
+
+def test_most_records_name_the_shape() -> None:
+    alpaca = {"instruction": "i", "input": "", "output": "o"}
+    assert detect([alpaca, alpaca, {"text": "t"}, 3]) == "alpaca"
+    plain, tool = {"messages": [u("p"), a("c")]}, {"messages": [u("p"), call(), TOOL, a("c")]}
+    assert detect([plain, plain, tool]) == "tool-chat"
+    with pytest.raises(Unfit, match="no known shape: keys sent_more, sent_less"):
+        detect([{"sent_more": "x", "sent_less": "y"}])
+    with pytest.raises(Unfit, match="no known shape: a list"):
+        detect([[1]])
+
+
+def test_rows_move_to_another_table_where_their_parts_allow() -> None:
+    said, pair = (
+        {"messages": [u("p"), a("c")]},
+        {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"},
+    )
+    assert to_table("instructions", said, "prompts") == ("prompts", {"messages": [u("p")]})
+    assert to_table("preferences", pair, "instructions") == ("instructions", {"messages": [u("p"), a("y")]})
+    assert to_table("preferences", pair, "prompts") == ("prompts", {"messages": [u("p")]})
+    assert to_table("eval", CHOICE, "instructions") == ("instructions", {"messages": [u("Which?"), a("b")]})
+    assert to_table("instructions", said, "corpus") == ("corpus", {"text": "p\n\nc"})
+    with pytest.raises(Unfit, match="a row of corpus does not hold what prompts needs"):
+        to_table("corpus", {"text": "t"}, "prompts")
