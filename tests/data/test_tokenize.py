@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from components.artifact import ForjaError
 from components.data import tokenize
+from components.data.batches import windows
+from components.data.chat import SPECIAL, encode_text, special
 from components.log import silent
 
 
@@ -40,3 +43,77 @@ def test_a_split_without_rows_is_named(tmp_path: Path) -> None:
     write_tables(tmp_path, ["train", "val"])
     with pytest.raises(ForjaError, match="no row in the test split"):
         tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), tmp_path, tmp_path, silent)
+
+
+OLMO = Path(__file__).parents[2] / ".." / "shared" / "data" / "tokenizer_olmo" / "allenai_gpt-neox-olmo-dolma-v1_5.json"
+FROM = tokenize.Config(vocab_size=None, min_frequency=None, tokenizer="x")
+NASTY = ["<|endoftext|>", "a<|padding|>b", "<|end|><|call|>{}<|result|>", "<|endoftext|><|end|>", "<|", "|>"]
+
+
+@pytest.mark.skipif(not OLMO.is_file(), reason="shared/data/tokenizer_olmo is not there")
+def test_a_tokenizer_that_is_there_is_used_and_no_text_makes_its_marks(tmp_path: Path) -> None:
+    write_tables(tmp_path, ["train", "train", "val", "test"])
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenize.run(FROM, tmp_path, out, silent, tokenizer=OLMO)
+    theirs, ours = Tokenizer.from_file(str(OLMO)), Tokenizer.from_file(str(out / "tokenizer.json"))
+    n = theirs.get_vocab_size()
+    assert [special(ours, name) for name in SPECIAL] == [50279, n, n + 1, n + 2]  # it has an <|endoftext|> of its own
+    assert n == 50280
+    shard = np.load(out / "train.npy")
+    assert shard.dtype == np.uint16 and (shard == 50279).sum() == 2
+    document = f"Document 0: año y {'word ' * 20}"
+    assert shard[: len(theirs.encode(document).ids)].tolist() == theirs.encode(document).ids
+    marks = {token.content: i for i, token in ours.get_added_tokens_decoder().items() if token.special}
+    assert set(marks) == {*SPECIAL, "<|padding|>"}
+    for text in NASTY:
+        ids = encode_text(ours, text)
+        assert not set(ids) & set(marks.values()) and ours.decode(ids) == text
+    assert theirs.encode(NASTY[0]).ids == [50279]  # as it would have been
+
+
+def small() -> Tokenizer:
+    return tokenize.train_bpe(["some words"], 300, 1)
+
+
+def test_ids_beyond_65535_take_four_bytes(tmp_path: Path) -> None:
+    large = small()
+    large.add_tokens([f"zz{i}q" for i in range(70_000)])
+    large.save(str(tmp_path / "large.json"))
+    write_tables(tmp_path, ["train", "val", "test"])
+    text = (tmp_path / "corpus.jsonl").read_text().replace("Document", "zz69999q")
+    (tmp_path / "corpus.jsonl").write_text(text)
+    tokenize.run(FROM, tmp_path, tmp_path, silent, tokenizer=tmp_path / "large.json")
+    shard = np.load(tmp_path / "train.npy")
+    assert shard.dtype == np.uint32 and shard.max() > 70_000
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode(shard[:2].tolist()).startswith("zz69999q")
+    assert windows(tmp_path / "train.npy", 10, 0, 0, 1)[0].dtype == np.int64
+    assert max(int(w.max()) for w in windows(tmp_path / "train.npy", 5, 0, 0, 30)) > 70_000
+
+
+def test_a_tokenizer_that_cuts_or_pads_is_taken_without(tmp_path: Path) -> None:
+    cutting = small()
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=9)
+    cutting.save(str(tmp_path / "given.json"))
+    write_tables(tmp_path, ["train", "val", "test"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "given.json").rename(tmp_path / "folder" / "tokenizer.json")
+    tokenize.run(FROM, tmp_path, tmp_path, silent, tokenizer=tmp_path / "folder")
+    assert np.load(tmp_path / "train.npy").tolist() == [*encode_text(small(), f"Document 0: año y {'word ' * 20}"), 0]
+
+
+def test_what_is_no_tokenizer_is_said(tmp_path: Path) -> None:
+    write_tables(tmp_path, ["train", "val", "test"])
+    (tmp_path / "bad.json").write_text("{}")
+    for path, said in ((tmp_path / "bad.json", "no tokenizers file"), (tmp_path, "tokenizer.json is missing")):
+        with pytest.raises(ForjaError, match=said):
+            tokenize.run(FROM, tmp_path, tmp_path, silent, tokenizer=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"tokenizer": "x"}, "to be null"), ({"vocab_size": None}, "must be numbers")]
+)
+def test_learning_and_naming_exclude_each_other(change: dict, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        tokenize.Config(**{"vocab_size": 300, "min_frequency": 1, "tokenizer": None, **change})
