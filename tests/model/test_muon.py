@@ -1,5 +1,6 @@
 """Muon's two halves: AdamW against torch's own, and orthogonal updates against the singular value decomposition."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,3 +43,30 @@ def test_a_matrix_moves_by_its_rate_whatever_the_gradients_size() -> None:
         moved.append(p.detach().diagonal().clone())
     torch.testing.assert_close(moved[0], moved[1])
     assert (-moved[0] > 0.06).all() and (-moved[0] < 0.13).all()
+
+
+def test_momentum_grows_over_the_first_steps() -> None:
+    """0.95 less a tenth of what is left of 300 steps: 0.85 + 0.1 * n / 300 at step n."""
+    p = nn.Parameter(torch.zeros(2, 2))
+    muon, want = Muon([p], 0.1, [], 0.95), torch.zeros(2, 2)
+    for n in (1, 2, 3):
+        p.grad = torch.randn(2, 2)
+        mu = 0.85 + 0.1 * n / 300
+        want = mu * want + (1 - mu) * p.grad
+        muon.step()
+        torch.testing.assert_close(muon.state[p]["momentum"], want)
+    muon.state[p]["step"].fill_(1000)
+    p.grad = torch.ones(2, 2)
+    muon.step()
+    torch.testing.assert_close(muon.state[p]["momentum"], 0.95 * want + 0.05)
+
+
+def test_a_tall_matrix_moves_as_the_wide_one_on_its_side() -> None:
+    """In one stack with a third; the tall one has a rate larger by sqrt(rows / columns)."""
+    torch.manual_seed(0)
+    grad = torch.randn(4, 16)
+    wide, tall, other = (nn.Parameter(torch.zeros(shape)) for shape in ((4, 16), (16, 4), (4, 16)))
+    wide.grad, tall.grad, other.grad = grad.clone(), grad.T.clone(), 100 * torch.randn(4, 16)
+    Muon([wide, tall, other], 0.1, [], 0.95).step()
+    torch.testing.assert_close(tall.detach().T, 2 * wide.detach())
+    assert float(wide.detach().norm()) == pytest.approx(0.1 * 2, rel=0.2)  # of four directions, each 0.1 long
