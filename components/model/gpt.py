@@ -280,9 +280,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         if self.config.logit_cap is not None:
-            return F.cross_entropy(self.logits(hidden).flatten(0, -2), targets.flatten(), reduction="none").view_as(
-                targets
-            )
+            logits = self.logits(hidden).flatten(0, -2)
+            return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
         return nats(hidden.flatten(0, -2), self.head.weight, targets.flatten()).view_as(targets)
 
 
