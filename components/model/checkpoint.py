@@ -129,7 +129,7 @@ def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Cal
                 raise ValueError(f"{name} has the shape {tuple(values.shape)}, not {tuple(shape)}")
             if not torch.isfinite(values).all():
                 raise ForjaError(f"{name}: holds NaN or infinity; take another copy of the model")
-            f.write(values.numpy().tobytes())
+            f.write(values.numpy().data)
 
 
 def marks_of(folder: Path, tokenizer: Tokenizer) -> Marks:

@@ -125,13 +125,13 @@ def export_model(folder: Path, out: Path) -> str:
     ends = [special(tokenizer, END), *marks.ends] if prompts else list(marks.ends)
     said |= {"bos_token_id": marks.start, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
-    with building(out) as new, safe_open(folder / WEIGHTS, framework="pt") as weights:
+    def tensor(name: str) -> Tensor:
+        part = parts[name]
+        with safe_open(folder / WEIGHTS, framework="pt") as f:  # opened each time: what was read of it is let go again
+            rows: Tensor = f.get_slice(part.ours)[part.start : part.stop]
+        return rows.T if part.transposed else rows
 
-        def tensor(name: str) -> Tensor:
-            part = parts[name]
-            rows: Tensor = weights.get_slice(part.ours)[part.start : part.stop]
-            return rows.T if part.transposed else rows
-
+    with building(out) as new:
         checkpoint.write_weights(new / WEIGHTS, {name: part.shape for name, part in parts.items()}, tensor)
         (new / hf_config.CONFIG).write_text(to_json({**said, "torch_dtype": "float32"}), encoding="utf-8")
         shutil.copyfile(folder / TOKENIZER, new / TOKENIZER)
