@@ -77,13 +77,16 @@ def write_record(
     code: str = "",
     inputs: dict[str, str] | None = None,
     metrics: dict[str, float] | None = None,
+    known: dict[str, str] | None = None,
 ) -> Record:
     """Seal `folder`: hash every file, flush it to disk, then write the record under its final name.
 
+    `known` maps files whose sha256 was taken as they were written, and which are flushed, to it; they are not read.
     Raises ValueError when a metric is NaN or infinite: such a result is not sealed.
     """
-    config, inputs, metrics = config or {}, inputs or {}, metrics or {}
-    files = {p.relative_to(folder).as_posix(): sha256(p) for p in files_of(folder)}
+    config, inputs, metrics, known = config or {}, inputs or {}, metrics or {}, known or {}
+    names = {p.relative_to(folder).as_posix(): p for p in files_of(folder)}
+    files = {name: known.get(name) or sha256(p) for name, p in names.items()}
     record = Record(
         stage=stage,
         fingerprint=fingerprint(stage, config, code, inputs),
@@ -94,8 +97,9 @@ def write_record(
         files=files,
     )
     text = to_json(record.model_dump())
-    for p in files_of(folder):
-        _fsync(p)
+    for name, p in names.items():
+        if name not in known:
+            _fsync(p)
     write_atomic(folder / RECORD, text)
     return record
 
@@ -126,17 +130,28 @@ def read_record(folder: Path, verify: bool = True) -> Record:
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well, and vanishes when it does not."""
+    temporary = begin(out)
+    try:
+        yield temporary
+        finish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def begin(out: Path) -> Path:
+    """An empty temporary folder beside `out`, for `finish`."""
     temporary = out.with_name(f".{out.name}.building")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-        _fsync(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def finish(temporary: Path, out: Path) -> None:
+    """Give `temporary` the name `out`, in place of whatever had it."""
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(temporary, out)
+    _fsync(out.parent)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from pydantic import ValidationError
 
 from components.artifact import RECORD, ForjaError, building, read_record, to_json, write_atomic, write_record
-from components.log import Log, Metrics, lasting, silent
-from pipelines import dvc
+from components.log import Log, Metrics, lasting
+from pipelines import dvc, ranks
 from pipelines.checkout import home
 from pipelines.child import die_with_parent
 from pipelines.console import stage_progress
@@ -42,6 +42,46 @@ def run_stage(root: Path, name: str) -> None:
 
         fetch_or_ingest(root, dvc.section(root, name))
         return
+    job = _prepared(root, name)
+    if ranks.is_helper():
+        with ranks.failure_noted(job.diary):
+            ranks.help_along(job.module.run, job.cfg, job.arguments)
+        return
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    if ranks.is_launched():
+        with ranks.failure_noted(job.diary):
+            _build(job)
+        return
+    open_diary(job.diary, name, job.mark, dvc.data_version(root), resumed=any(job.scratch.iterdir()))
+    try:
+        if takes_scratch(job.module) and ranks.wanted() > 1:
+            ranks.launch(root, name, job.diary)
+        else:
+            _build(job)
+    except BaseException as e:
+        reason = str(e) if isinstance(e, ForjaError) else f"{type(e).__name__}: {e}"
+        close_diary(job.diary, "failed", reason=reason, exit_code=getattr(e, "exit_code", 1))
+        raise
+    write_atomic(job.diary / "record.json", (job.out / "record.json").read_text(encoding="utf-8"))
+    close_diary(job.diary, "finished")
+    shutil.rmtree(job.scratch)
+
+
+class Job(NamedTuple):
+    """A stage that is ready to run: its recipe holds, and every input is whole."""
+
+    name: str
+    module: Any
+    cfg: Any
+    identity: dict[str, Any]  # what its record says of it: config, code, inputs
+    mark: str
+    arguments: dict[str, Path]
+    scratch: Path
+    diary: Path
+    out: Path
+
+
+def _prepared(root: Path, name: str) -> Job:
     folders = dvc.inputs_of(root, name)
     module = importlib.import_module(MODULES[name])
     try:
@@ -58,27 +98,28 @@ def run_stage(root: Path, name: str) -> None:
     code = code_hashes(root)[name]
     mark, inputs = dvc.identify(root, name, config, code)
     scratch = root / "scratch" / f"{name}-{mark}"
-    diary = diary_of(root, name, mark)
-    resumed = scratch.is_dir() and any(scratch.iterdir())
-    open_diary(diary, name, mark, dvc.data_version(root), resumed)
-    scratch.mkdir(parents=True, exist_ok=True)
-    out = root / "artifacts" / name
-    arguments = {**folders, **sources, **({"scratch": scratch} if takes_scratch(module) else {})}
-    try:
-        with building(out) as temporary, logging_to(diary, name) as log:
-            metrics = module.run(cfg, **arguments, out=temporary, log=log)
-            if rows := curves(diary):
-                text = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
-                (temporary / "curves.jsonl").write_text(text, encoding="utf-8")
-            (temporary / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
-            write_record(temporary, name, config=config, code=code, inputs=inputs, metrics=metrics)
-    except BaseException as e:
-        reason = str(e) if isinstance(e, ForjaError) else f"{type(e).__name__}: {e}"
-        close_diary(diary, "failed", reason=reason, exit_code=getattr(e, "exit_code", 1))
-        raise
-    write_atomic(diary / "record.json", (out / "record.json").read_text(encoding="utf-8"))
-    close_diary(diary, "finished")
-    shutil.rmtree(scratch)
+    return Job(
+        name,
+        module,
+        cfg,
+        {"config": config, "code": code, "inputs": inputs},
+        mark,
+        {**folders, **sources, **({"scratch": scratch} if takes_scratch(module) else {})},
+        scratch,
+        diary_of(root, name, mark),
+        root / "artifacts" / name,
+    )
+
+
+def _build(job: Job) -> None:
+    """The artifact, from the stage's own function, sealed."""
+    with building(job.out) as temporary, logging_to(job.diary, job.name) as log:
+        metrics = job.module.run(job.cfg, **job.arguments, out=temporary, log=log)
+        if rows := curves(job.diary):
+            text = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+            (temporary / "curves.jsonl").write_text(text, encoding="utf-8")
+        (temporary / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
+        write_record(temporary, job.name, **job.identity, metrics=metrics)
 
 
 def takes_scratch(module: Any) -> bool:
@@ -138,10 +179,7 @@ def close_diary(diary: Path, status: str, **more: Any) -> None:
 
 @contextmanager
 def logging_to(diary: Path, stage: str) -> Iterator[Log]:
-    """A log that appends to the spool and shows progress; the no-op on ranks other than 0."""
-    if os.environ.get("RANK", "0") != "0":
-        yield silent
-        return
+    """A log that appends to the spool and shows progress."""
     with (diary / "spool.jsonl").open("a", encoding="utf-8", buffering=1) as spool, stage_progress(stage) as show:
         if spool.tell():
             spool.write("\n")  # a row cut by a crash must not swallow the next one

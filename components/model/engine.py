@@ -1,79 +1,45 @@
 """Training moved by DeepSpeed: the only file that knows it.
 
 What a recipe says (learning rate, batch, precision) is `Optim`. What the machine has is not identity and comes from the
-environment: FORJA_DEVICE (cpu, cuda), FORJA_MICRO_BATCH, FORJA_ZERO (stage 0 to 3), and a launcher's RANK and
-WORLD_SIZE. A checkpoint is a folder sealed with a record; the newest whole one is where a run goes on.
+environment: FORJA_DEVICE (cpu, cuda), FORJA_MICRO_BATCH, FORJA_ZERO (stage 0 to 3), FORJA_OFFLOAD_OPTIMIZER and
+FORJA_OFFLOAD_PARAMS (cpu, or a folder on a fast disk), FORJA_RECOMPUTE and FORJA_COMPILE (1), and a launcher's RANK and
+WORLD_SIZE.
 """
 
-import json
 import logging
+import math
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from components.artifact import ForjaError, building, read_record, to_json, write_record
+from components.artifact import ForjaError
 from components.model.checkpoint import default_device as device
+from components.model.checkpoint import filled
 from components.model.fused import keep_freed_memory
-from components.model.muon import Muon
+from components.model.optim import Optim, optimiser
+from components.model.ranks import added_up, micro_batch
+from components.model.scratch import Piece, Shards
+from components.world import from_slurm, world
 
-KEPT = 2  # checkpoints on disk: the newest, and the one before it in case the newest is damaged
-Item = TypeVar("Item")
 logger = logging.getLogger("forja")
 
 
-class Optim(BaseModel, frozen=True, extra="forbid"):
-    """The optimiser and its schedule: linear warmup, the full rate, a linear decay over the last part.
+class Place(NamedTuple):
+    """Where a rank keeps numbers of a parameter: `length` of them, of the parameter, flattened, from `start` on, lie in
+    `owner`, the tensor that the optimiser moves, from `at` on."""
 
-    `matrix_lr` is Muon's rate for the blocks' matrices; with None AdamW moves them too. Weights and optimiser are in
-    float32 always; with `bf16` the products are taken in bfloat16 (autocast).
-    """
+    owner: Tensor
+    at: int
+    start: int
+    length: int
 
-    lr: float = Field(gt=0)
-    matrix_lr: float | None = Field(gt=0)
-    lr_floor: float = Field(ge=0, le=1)  # what is left of the rate at the last step
-    warmup: int = Field(ge=0)
-    decay: float = Field(ge=0, le=1)  # the share of the steps over which the rate falls
-    weight_decay: float = Field(ge=0)
-    beta2: float = Field(gt=0, lt=1)
-    clip: float = Field(gt=0)
-    precision: Literal["fp32", "bf16"]
-
-
-def world() -> tuple[int, int]:
-    """(rank, ranks)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def schedule(optim: Optim, step: int, steps: int) -> float:
-    """The part of the full rate at `step` (from 0) of `steps`: warmup, stable, decay (Hu et al. 2024, section 4)."""
-    up = (step + 1) / optim.warmup if step < optim.warmup else 1.0
-    falling = optim.decay * steps
-    left = (steps - step) / falling if falling > 0 else 1.0
-    return min(up, optim.lr_floor + (1 - optim.lr_floor) * min(1.0, left))
-
-
-def micro_batch(batch: int) -> int:
-    """Rows of one forward pass on one rank. Raises ForjaError where they do not divide the recipe's batch exactly."""
-    ranks = world()[1]
-    size = int(os.environ.get("FORJA_MICRO_BATCH") or max(1, batch // ranks))
-    if batch % (size * ranks):
-        raise ForjaError(
-            f"FORJA_MICRO_BATCH={size} on {ranks} rank(s): does not divide the batch of {batch}; choose a divisor"
-        )
-    return size
-
-
-def split(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """This rank's micro-batches of a global batch: rank r takes every ranks-th block, in order."""
-    rank, ranks = world()
-    blocks = [items[i : i + size] for i in range(0, len(items), size)]
-    return blocks[rank::ranks]
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same numbers of `tensor`, which is the owner or a state of its size."""
+        return tensor.detach().view(-1).narrow(0, self.at, self.length)
 
 
 class Engine:
@@ -82,59 +48,226 @@ class Engine:
     def __init__(self, model: nn.Module, optim: Optim, batch: int) -> None:
         keep_freed_memory()
         deepspeed = _deepspeed()
-        self.optim, self.micro = optim, micro_batch(batch)
-        zero = int(os.environ.get("FORJA_ZERO", "0"))
-        if zero and optim.matrix_lr is not None:
+        self.optim, self.micro, self.zero = optim, micro_batch(batch), int(os.environ.get("FORJA_ZERO") or 0)
+        if self.zero and optim.matrix_lr is not None:
             raise ForjaError(
-                f"FORJA_ZERO={zero}: cuts matrices into pieces, which Muon needs whole; set matrix_lr=null"
+                f"FORJA_ZERO={self.zero}: cuts matrices into pieces, which Muon needs whole; set matrix_lr=null"
             )
+        self.model: Any = model.to(device())
+        _prepare(self.model, self.zero)
+        base = optimiser(model, optim)
         self.ds, *_ = deepspeed.initialize(
-            model=model.to(device()),
-            optimizer=_optimiser(model, optim),
+            model=model,
+            optimizer=base,
             config={
                 "train_batch_size": batch,
                 "train_micro_batch_size_per_gpu": self.micro,
                 "gradient_clipping": optim.clip,
-                "torch_autocast": {"enabled": optim.precision == "bf16", "dtype": "bfloat16"},
-                "zero_optimization": {"stage": zero},
+                # Without modules that are "safe" in bfloat16, gradients are added up between ranks in float32.
+                "torch_autocast": {
+                    "enabled": optim.precision == "bf16",
+                    "dtype": "bfloat16",
+                    "lower_precision_safe_modules": [],
+                },
+                "zero_optimization": {"stage": self.zero, **_offload(self.zero)},
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 1 << 60,
             },
         )
+        head: Any = getattr(model, "head", None)
+        if self.zero == 3 and head is not None:  # the loss reads its weight outside the head's own pass
+            deepspeed.zero.register_external_parameter(model, head.weight)
+        self.base = base if self.zero == 0 else self.ds.optimizer.optimizer
+        self._move, self.base.step = self.base.step, self._guarded  # type: ignore[method-assign]
         self.grad_norm = 0.0  # the global norm before clipping, of the last step taken
+        self.taken = 0
+        self.skipped = False  # whether the last step was left out, because its loss or gradient was not finite
+        self.sums: dict[str, float] = {}  # what the last step measured, over all micro-batches and ranks
+        self._adding: dict[str, Tensor] = {}
+        owners = {id(p.owner): p.owner for p in self.places().values()} if optim.ema is not None else {}
+        self._average = {key: owner.detach().clone() for key, owner in owners.items()}
 
     def set_rate(self, part: float) -> None:
         """Give every group `part` of its full rate."""
         for group in self.ds.optimizer.param_groups:
             group["lr"] = part * group["full"]
 
-    def step(self, loss_sum: Tensor, total: float) -> None:
+    def step(self, loss_sum: Tensor, total: float, measured: dict[str, Tensor] | None = None) -> None:
         """Take in one micro-batch; the weights move with the last one of the global batch.
 
-        `loss_sum` is the micro-batch's sum, `total` the count that the global batch divides by.
+        `loss_sum` is the micro-batch's sum, `total` the count that the global batch divides by. It and `measured` are
+        then in `sums`.
 
         DeepSpeed averages over micro-batches and ranks; their number is multiplied back so that the gradient is that
         of sum / total however the batch is cut.
         """
+        for name, value in {"loss": loss_sum, **(measured or {})}.items():
+            so_far = self._adding.get(name)
+            self._adding[name] = value.detach().double() + (0.0 if so_far is None else so_far)
         accumulation = self.ds.gradient_accumulation_steps()
         self.ds.backward(loss_sum * (accumulation * world()[1] / total))
-        if self.ds.is_gradient_accumulation_boundary():  # before they are clipped and cleared
-            grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
-            self.grad_norm = float(nn.utils.get_total_norm(grads))
+        last = self.ds.is_gradient_accumulation_boundary()
+        if last:
+            self.sums = dict(zip(self._adding, added_up(torch.stack(list(self._adding.values()))), strict=True))
+            self._adding = {}
+            self.skipped = not math.isfinite(self.sums["loss"])
+            if self.zero == 0:  # before they are clipped and cleared
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                self.grad_norm = float(nn.utils.get_total_norm(grads))
+                self.skipped |= not math.isfinite(self.grad_norm)
         self.ds.step()
+        if last and self.zero:  # where it is not finite, DeepSpeed has left the step out by itself
+            self.grad_norm = float(self.ds.get_global_grad_norm())
+            self.skipped |= not math.isfinite(self.grad_norm)
+        if last and not self.skipped:
+            self.taken += 1
+            self._follow()
+
+    def _guarded(self, *arguments: Any, **keywords: Any) -> Any:
+        """In place of the optimiser's `step`: weights and moments stay as they are where the step is left out."""
+        return None if self.skipped else self._move(*arguments, **keywords)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The average comes after the weights: faster in the first steps, where they still go far."""
+        if self.optim.ema is not None:
+            decay = min(self.optim.ema, (1 + self.taken) / (10 + self.taken))
+            for owner in {id(p.owner): p.owner for p in self.places().values()}.values():
+                self._average[id(owner)].lerp_(owner, 1 - decay)
+
+    def places(self) -> dict[str, Place]:
+        """{parameter: where this rank keeps its float32 numbers}, without those that other ranks keep alone."""
+        return {n: place for n, p in self.model.named_parameters() if (place := self._place(p)) is not None}
+
+    def _place(self, p: Any) -> Place | None:  # DeepSpeed hangs its own attributes on parameters
+        if self.zero == 0:
+            return Place(p, 0, 0, p.numel())
+        zero = self.ds.optimizer
+        if self.zero == 3:
+            group, at, length = zero.grad_position[zero.get_param_id(p)]
+            start = world()[0] * length
+            length = min(length, p.ds_numel - start)  # the last ranks' are padded
+            return Place(zero.fp32_partitioned_groups_flat[group], at, start, length) if length > 0 else None
+        cut = p._hp_mapping
+        if cut is None:
+            return None
+        owner = zero.single_partition_of_fp32_groups[cut.param_group_index]
+        at, length = cut.hp_fragment_address.start, cut.hp_fragment_address.numel
+        return Place(owner, at, cut.lp_fragment_address.start, length)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank writes of a checkpoint. Where every rank holds all, each writes its share."""
+        rank, ranks = world()
+        yield Piece("taken", 0, torch.tensor([self.taken]))
+        for i, (name, place) in enumerate(self.places().items()):
+            if self.zero or i % ranks == rank:
+                yield Piece(f"weight/{name}", place.start, place.of(place.owner))
+                if self._average:
+                    yield Piece(f"average/{name}", place.start, place.of(self._average[id(place.owner)]))
+                for key, value in self.base.state.get(place.owner, {}).items():
+                    whole = value.numel() == place.owner.numel() and value.dim() > 0
+                    start = place.start if whole else 0
+                    yield Piece(f"{key}/{name}", start, place.of(value) if whole else value.view(1))
+
+    @torch.no_grad()
+    def restore(self, shards: Shards, name: str) -> None:
+        """Take weights, averages and the optimiser's state from a checkpoint, where this engine is called `name`.
+
+        Raises ForjaError where the checkpoint is of another model.
+        """
+        self._fits(shards, name)
+        kinds = {key.partition("/")[0] for key in shards.names(f"{name}/")} - {"weight", "average", "taken"}
+        self.taken = int(shards.read(f"{name}/taken", 0, 1))
+        for parameter, place in self.places().items():
+            read = lambda what: shards.read(f"{name}/{what}/{parameter}", place.start, place.length)  # noqa: B023, E731
+            place.of(place.owner).copy_(read("weight"))
+            if self._average:
+                place.of(self._average[id(place.owner)]).copy_(read("average"))
+            for kind in kinds:
+                size = shards.size(f"{name}/{kind}/{parameter}")
+                if size == 0:  # a parameter that had not moved yet
+                    continue
+                state = self.base.state[place.owner]
+                if size == 1 < place.owner.numel() or kind == "step":
+                    step = shards.read(f"{name}/{kind}/{parameter}", 0, 1)[0]
+                    state[kind] = step.to(place.owner.device, copy=True)
+                else:
+                    state.setdefault(kind, torch.zeros_like(place.owner))
+                    place.of(state[kind]).copy_(read(kind))
+        self._spread()
+
+    def _fits(self, shards: Shards, name: str) -> None:
+        """Raises ForjaError, naming the first parameter that the checkpoint has in another size."""
+        sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in self.model.named_parameters()}
+        saved = {n: shards.size(f"{name}/weight/{n}") for n in shards.names(f"{name}/weight/")}
+        for parameter in sorted(sizes.keys() | saved.keys()):
+            here, there = sizes.get(parameter, 0), saved.get(parameter, 0)
+            if here != there:
+                raise ForjaError(
+                    f"{shards.folder}: {parameter} has {there} numbers there and {here} in this model; "
+                    f"delete {shards.folder.parent}"
+                )
+
+    def _spread(self) -> None:
+        """Make the weights that the model computes with those that the optimiser keeps."""
+        zero = self.ds.optimizer
+        if self.zero in (1, 2):
+            zero.update_lp_params()
+        elif self.zero == 3:
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @torch.no_grad()
+    def finished(self) -> Any:
+        """The trained model, whole on every rank: the average, where the recipe asks for one.
+
+        It is the model that was given, but for stage 3, which has taken that to pieces. The engine is done with.
+        """
+        if self._average:
+            for owner in {id(p.owner): p.owner for p in self.places().values()}.values():
+                owner.copy_(self._average[id(owner)])
+            self._spread()
+        if self.zero < 3:
+            return self.model
+        whole = {}
+        places = self.places()
+        for name, p in self.model.named_parameters():
+            numbers = torch.zeros(p.ds_numel, device=device())
+            if (place := places.get(name)) is not None:
+                numbers[place.start : place.start + place.length] = place.of(place.owner)
+            torch.distributed.all_reduce(numbers)
+            whole[name] = numbers.view(p.ds_shape)
+        return filled(self.model.config, whole)
 
 
-def _optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Vectors (norms, biases) are not decayed: decay is a prior on matrices."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0, "full": optim.lr}
-    inner = [p for n, p in named if p.dim() > 1 and n.startswith("blocks.")]
-    outer = [p for n, p in named if p.dim() > 1 and not n.startswith("blocks.")]  # embeddings, head
-    if optim.matrix_lr is None:
-        matrices = {"params": inner + outer, "weight_decay": optim.weight_decay, "full": optim.lr}
-        return torch.optim.AdamW([matrices, vectors], lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-8, fused=True)
-    embeddings = {"params": outer, "weight_decay": optim.weight_decay, "full": optim.lr}
-    return Muon(inner, optim.matrix_lr, [embeddings, vectors], optim.beta2)
+def _prepare(model: Any, zero: int) -> None:
+    """What costs seconds or memory and changes no result, by the environment."""
+    if os.environ.get("FORJA_RECOMPUTE") == "1":
+        model.recompute = True
+    if os.environ.get("FORJA_COMPILE") == "1":
+        if zero == 3:
+            raise ForjaError("FORJA_COMPILE=1: not together with FORJA_ZERO=3; leave one of them out")
+        model.compile()
+
+
+def _offload(zero: int) -> dict[str, Any]:
+    """DeepSpeed's words for what lies outside the device's memory. Raises ForjaError for what it cannot do."""
+    out: dict[str, Any] = {}
+    for what, key, least in (("OPTIMIZER", "offload_optimizer", 1), ("PARAMS", "offload_param", 3)):
+        name = f"FORJA_OFFLOAD_{what}"
+        if where := os.environ.get(name):
+            needs = least if where == "cpu" else 3
+            if zero < needs:
+                raise ForjaError(f"{name}={where}: needs FORJA_ZERO={needs}{' or more' if needs < 3 else ''}")
+            out[key] = {"device": "cpu"} if where == "cpu" else {"device": "nvme", "nvme_path": str(Path(where))}
+            out[key]["pin_memory"] = device().type == "cuda"
+            if where != "cpu":
+                logger.warning("%s=%s: DeepSpeed compiles its disk operator at the first use", name, where)
+    return out
 
 
 def _deepspeed() -> Any:
@@ -148,45 +281,10 @@ def _deepspeed() -> Any:
     # Its shared-memory collectives are compiled at first use (over 30 s) and serve several CPU ranks only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
+        from_slurm()
         backend = "nccl" if device().type == "cuda" else "gloo"
         if "RANK" not in os.environ:  # a group of one meets in memory: no port that another program could take
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def save(scratch: Path, step: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
-    """Checkpoint `engines` and `state` (JSON) at `step`: whole or not at all; the last two are kept."""
-    folder = scratch / f"step-{step:08d}"
-    with building(folder) as temporary:
-        for name, engine in engines.items():
-            engine.ds.save_checkpoint(str(temporary / name), tag="engine", save_latest=False)
-        (temporary / "state.json").write_text(to_json({"step": step, **state}), encoding="utf-8")
-        write_record(temporary, "checkpoint")
-    for old in _newest_first(scratch)[KEPT:]:
-        shutil.rmtree(old)
-
-
-def resume(scratch: Path, engines: dict[str, Engine]) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint into `engines` and return its state; None where there is none.
-
-    A damaged checkpoint is named in the log and passed over. DeepSpeed's files are pickled: they are read only when
-    their sha256 are those that forja recorded as it wrote them.
-    """
-    for folder in _newest_first(scratch):
-        try:
-            read_record(folder)
-        except ForjaError as e:
-            logger.warning("checkpoint passed over: %s", e)
-            continue
-        for name, engine in engines.items():
-            engine.ds.load_checkpoint(str(folder / name), tag="engine")
-        state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
-        logger.info("resumed from %s", folder.name)
-        return state
-    return None
-
-
-def _newest_first(scratch: Path) -> list[Path]:
-    return sorted(scratch.glob("step-*"), reverse=True)

@@ -1,5 +1,6 @@
 """The loop that pretraining, SFT and the reward model share: batches in, checkpoints and a trained model out."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from components.artifact import ForjaError
 from components.log import Log, lasting, silent
-from components.model import engine
-from components.model.engine import Engine, Optim
+from components.model.engine import Engine
 from components.model.gpt import GPT
+from components.model.optim import Optim, schedule
+from components.model.ranks import interrupted, split, stoppable
+from components.model.scratch import Saver
+from components.world import world
 
 # The sum of the loss over some items, and the sums of whatever else is measured on the way.
 Loss = Callable[[torch.nn.Module, Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
+PATIENCE = 10  # steps in a row that may be left out because they are not finite
 
 
 class Training(Optim, frozen=True, extra="forbid"):
@@ -30,9 +35,33 @@ class Training(Optim, frozen=True, extra="forbid"):
 
 
 class Diverged(ForjaError):
-    """The loss is NaN or infinite: the weights are not worth keeping."""
+    """Loss or gradient is NaN or infinite for too long: the training leads nowhere."""
 
     exit_code = 1
+
+
+class Skips:
+    """Counts the steps that were left out because their loss or gradient was not finite."""
+
+    def __init__(self, total: int = 0, running: int = 0) -> None:
+        self.total, self.running = total, running
+
+    def note(self, skipped: bool, step: int, what: str, lr: float) -> None:
+        """Count `step`. Raises Diverged when more than PATIENCE in a row were left out."""
+        self.total += skipped
+        self.running = self.running + 1 if skipped else 0
+        if self.running > PATIENCE:
+            self.give_up(step, what, lr)
+
+    def give_up(self, step: int, what: str, lr: float) -> None:
+        raise Diverged(
+            f"step {step}: {what}, and {self.running} steps in a row were left out for that; "
+            f"lower lr (now {lr}), raise warmup, or look at the data of these steps"
+        )
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def fit(
@@ -44,45 +73,56 @@ def fit(
     validate: Callable[[GPT], dict[str, float]],
     scratch: Path,
     log: Log,
-) -> dict[str, float]:
-    """Train `model` in place for cfg.steps steps, and return the last step's metrics.
+) -> tuple[GPT, dict[str, float]]:
+    """Train `model` for cfg.steps steps; the trained one (mostly the same object) and the last step's metrics.
 
     The loss of a step is the sum of `loss_of` over the items of `batch_at(step)` divided by the sum of `count` over
     them, however the batch is cut into micro-batches and ranks. `validate` measures held-out rows. The run goes on
-    from the newest whole checkpoint in `scratch`. Raises Diverged when the loss is no longer finite.
+    from the newest whole checkpoint in `scratch`. A step that is not finite is left out and counted. Raises Diverged
+    when too many are, and Interrupted when a signal asked to stop.
     """
     torch.manual_seed(cfg.seed)
     if cfg.steps == 0:
-        return {}
+        return model, {}
     trained = Engine(model, cfg, cfg.batch)
-    state = engine.resume(scratch, {"model": trained})
-    first = state["step"] if state else 0
-    log = log if engine.world()[0] == 0 else silent
-    started, seen = time.perf_counter(), 0
-    metrics: dict[str, float] = {}
+    log = log if world()[0] == 0 else silent
+    with stoppable() as asked, Saver(scratch, {"model": trained}) as saver:
+        state = saver.resume() or {"step": 0, "skipped": [0, 0], "metrics": {}}
+        skips, metrics = Skips(*state["skipped"]), state["metrics"]
+        started, seen = time.perf_counter(), 0
 
-    for step in range(first, cfg.steps):
-        rate = engine.schedule(cfg, step, cfg.steps)
-        trained.set_rate(rate)
-        items = batch_at(step)
-        total = sum(count(item) for item in items)
-        sums: dict[str, float] = {}
-        for micro in engine.split(items, trained.micro):
-            loss, others = loss_of(trained.ds, micro)
-            trained.step(loss, total)
-            for name, value in {"loss": loss, **others}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-        if not sums["loss"] < float("inf"):
-            raise Diverged(f"step {step}: the loss is {sums['loss']}; lower lr (now {cfg.lr}) or raise warmup")
+        for step in range(state["step"], cfg.steps):
+            rate = schedule(cfg, step, cfg.steps)
+            trained.set_rate(rate)
+            items = batch_at(step)
+            total = sum(count(item) for item in items)
+            for micro in split(items, trained.micro):
+                loss, others = loss_of(trained.ds, micro)
+                trained.step(loss, total, others)
+            said = f"the loss is {trained.sums['loss'] / total}, the gradient's norm {trained.grad_norm}"
+            skips.note(trained.skipped, step, said, cfg.lr)
 
-        done = step + 1
-        seen += total
-        metrics = {name: value / total for name, value in sums.items()}
-        metrics |= {"lr": cfg.lr * rate, "grad_norm": trained.grad_norm, "progress": done / cfg.steps}
-        metrics["perf/items_per_s"] = seen / (time.perf_counter() - started)
-        if done % cfg.eval_every == 0 or done == cfg.steps:
-            metrics |= {f"val_{k}": v for k, v in validate(model).items()}
-        log(metrics, done)
-        if done % cfg.save_every == 0 and done < cfg.steps:
-            engine.save(scratch, done, {"model": trained}, {})
-    return lasting(metrics)
+            done = step + 1
+            seen += total
+            row = {"lr": cfg.lr * rate, "progress": done / cfg.steps}
+            row["perf/items_per_s"] = seen / (time.perf_counter() - started)
+            if trained.skipped:
+                row["skipped"] = float(skips.total)
+            else:
+                row |= {name: value / total for name, value in trained.sums.items()}
+                row["grad_norm"] = trained.grad_norm
+            if done == cfg.steps:
+                if skips.running == cfg.steps:
+                    skips.give_up(step, said, cfg.lr)
+                model = trained.finished()
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                row |= {f"val_{k}": v for k, v in validate(model).items()}
+            log(row, done)
+            metrics = {**metrics, **lasting(row)}
+            signal = asked()
+            if done < cfg.steps and (done % cfg.save_every == 0 or signal):
+                saver.save(done, {"skipped": [skips.total, skips.running], "metrics": finite(metrics)})
+            if done < cfg.steps and signal:
+                saver.join()
+                raise interrupted(signal, done, cfg.steps)
+    return model, metrics | {"skipped": float(skips.total)}

@@ -20,14 +20,19 @@ from components.data.batches import order, pick
 from components.data.chat import END, SEPARATOR, encode_prompt, special
 from components.data.tokenize import rows
 from components.log import Log, lasting, silent
-from components.model import engine
 from components.model.checkpoint import TOKENIZER, load, save
-from components.model.engine import Engine, Optim, device
+from components.model.checkpoint import default_device as device
+from components.model.engine import Engine
 from components.model.generate import generate
 from components.model.gpt import GPT
 from components.model.losses import pad_right, picked_logprobs
+from components.model.optim import Optim, schedule
+from components.model.ranks import interrupted, split, stoppable
+from components.model.scratch import Saver
+from components.train.loop import Skips, finite
 from components.train.reward import score
 from components.train.samples import write_samples
+from components.world import world
 
 
 class Config(Optim, frozen=True, extra="forbid"):
@@ -184,7 +189,9 @@ def roll_out(
     return Rollout(ids, mask, logprobs, ref, values, scores, finished), metrics
 
 
-def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg: Config, step: int) -> dict[str, float]:
+def update(
+    policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg: Config, step: int, skips: Skips
+) -> dict[str, float]:
     """Improve policy and value on one rollout: cfg.epochs passes over it in cfg.minibatches pieces.
 
     In the first cfg.value_first steps the policy stands still: the value model starts as the reward model, which has
@@ -196,7 +203,7 @@ def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg:
     advantages = gae(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
     returns = advantages + r.values * r.mask
     advantages = whiten(advantages, r.mask)
-    sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "tokens": 0.0}
+    sums: dict[str, float] = {}
 
     n = len(r.ids)
     for epoch in range(cfg.epochs):
@@ -204,7 +211,7 @@ def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg:
         rows = torch.arange(n) if epoch == 0 else torch.from_numpy(order(cfg.seed + step, epoch, n))
         for piece in rows.chunk(cfg.minibatches):
             total = float(r.mask[piece].sum())
-            for part in engine.split(piece.tolist(), policy.micro):
+            for part in split(piece.tolist(), policy.micro):
                 ids, mask = trimmed(r.ids[part], r.mask[part])
                 old, values, advantage, target = (
                     x[part, : mask.shape[1]] for x in (r.logprobs, r.values, advantages, returns)
@@ -215,14 +222,16 @@ def update(policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg:
                     policy.step(loss, total)
                 judged = value.ds(ids[:, :-1])
                 v_loss = value_loss(judged, values, target, mask, cfg.clip_value)
-                value.step(v_loss, total)
-                sums["policy_loss"] += float(loss.detach())
-                sums["value_loss"] += float(v_loss.detach())
-                sums["clip_fraction"] += float(clipped)
-                sums["approx_kl"] += float(((old - new.detach()) * mask).sum())
-                sums["tokens"] += float(mask.sum())
-    tokens = sums.pop("tokens")
-    metrics = {name: total / tokens for name, total in sums.items()}
+                drift = ((old - new.detach()) * mask).sum()
+                measured = {"policy_loss": loss, "clip_fraction": clipped, "approx_kl": drift, "tokens": mask.sum()}
+                value.step(v_loss, total, measured)
+            left_out = value.skipped or (policy.skipped and step >= cfg.value_first)
+            said = f"the losses are {policy.sums.get('loss', 0.0) / total} and {value.sums['loss'] / total}"
+            skips.note(left_out, step, said, cfg.lr)
+            if not left_out:
+                sums = {name: sums.get(name, 0.0) + number for name, number in value.sums.items()}
+    tokens = sums.pop("tokens", 1.0)
+    metrics = {"value_loss" if name == "loss" else name: number / tokens for name, number in sums.items()}
     variance = returns[r.mask].var(correction=0).clamp(min=1e-8)
     error = (returns - r.values)[r.mask].var(correction=0)
     return metrics | {
@@ -251,7 +260,7 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
         raise ForjaError(f"ppo.minibatches: {cfg.minibatches} does not divide ppo.batch {cfg.batch}; choose a divisor")
     minibatch = cfg.batch // cfg.minibatches
     policy = Engine(policy_model, cfg, minibatch)
-    value = Engine(value_model, cfg.model_copy(update={"lr": cfg.value_lr}), minibatch)
+    value = Engine(value_model, cfg.model_copy(update={"lr": cfg.value_lr, "ema": None}), minibatch)
     marks = special(tokenizer, SEPARATOR), special(tokenizer, END)
 
     # 2. The prompts.
@@ -266,37 +275,46 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
         return float(score(reward_model, [p + a for p, a in zip(asked, answers, strict=True)], marks[0]).mean())
 
     # 3. Go on where a killed run stood.
-    state = engine.resume(scratch, {"policy": policy, "value": value}) or {"step": 0, "kl_coef": cfg.kl_coef}
-    kl_coef: float = state["kl_coef"]
-    log = log if engine.world()[0] == 0 else silent
+    log = log if world()[0] == 0 else silent
     before = heldout_reward(reference)
-    metrics: dict[str, float] = {}
+    with stoppable() as asked, Saver(scratch, {"policy": policy, "value": value}) as saver:
+        state = saver.resume() or {"step": 0, "kl_coef": cfg.kl_coef, "skipped": [0, 0], "metrics": {}}
+        kl_coef, metrics, skips = float(state["kl_coef"]), state["metrics"], Skips(*state["skipped"])
 
-    for step in range(state["step"], cfg.steps):
-        # 4. Answers from the policy as it is.
-        asked = [train[i]["ids"] for i in pick(cfg.seed, step, cfg.batch, len(train))]
-        asked.sort(key=len)
-        policy_model.eval()
-        rollout, metrics = roll_out(
-            policy_model, reference, value_model, reward_model, asked, marks, cfg, cfg.seed * 100_003 + step
-        )
+        for step in range(state["step"], cfg.steps):
+            # 4. Answers from the policy as it is.
+            asking = [train[i]["ids"] for i in pick(cfg.seed, step, cfg.batch, len(train))]
+            asking.sort(key=len)
+            policy_model.eval()
+            rollout, row = roll_out(
+                policy_model, reference, value_model, reward_model, asking, marks, cfg, cfg.seed * 100_003 + step
+            )
 
-        # 5. A better policy, and a value model that knows it.
-        for trained in (policy, value):
-            trained.set_rate(engine.schedule(cfg, step, cfg.steps))
-        metrics |= update(policy, value, rollout, kl_coef, cfg, step)
-        metrics |= {"kl_coef": kl_coef, "progress": (step + 1) / cfg.steps}
-        kl_coef = next_kl_coef(kl_coef, metrics["kl"], cfg.kl_target)
+            # 5. A better policy, and a value model that knows it.
+            for trained in (policy, value):
+                trained.set_rate(schedule(cfg, step, cfg.steps))
+            row |= update(policy, value, rollout, kl_coef, cfg, step, skips)
+            row |= {"kl_coef": kl_coef, "progress": (step + 1) / cfg.steps}
+            row |= {"skipped": float(skips.total)} if skips.running else {}
+            kl_coef = next_kl_coef(kl_coef, row["kl"], cfg.kl_target)
 
-        # 6. How it does on prompts it does not learn from.
-        done = step + 1
-        if done % cfg.eval_every == 0 or done == cfg.steps:
-            metrics["val_reward"] = heldout_reward(policy_model)
-        log(metrics, done)
-        if done % cfg.save_every == 0 and done < cfg.steps:
-            engine.save(scratch, done, {"policy": policy, "value": value}, {"kl_coef": kl_coef})
+            # 6. How it does on prompts it does not learn from.
+            done = step + 1
+            if done == cfg.steps:
+                policy_model = policy.finished()
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                row["val_reward"] = heldout_reward(policy_model)
+            log(row, done)
+            metrics = {**metrics, **finite(lasting(row))}
+            signal = asked()
+            if done < cfg.steps and (done % cfg.save_every == 0 or signal):
+                more = {"kl_coef": kl_coef, "skipped": [skips.total, skips.running], "metrics": metrics}
+                saver.save(done, more)
+            if done < cfg.steps and signal:
+                saver.join()
+                raise interrupted(signal, done, cfg.steps)
 
     # 7. The policy is what goes on.
     save(policy_model, out, sft / TOKENIZER, prompts)
     write_samples(out, policy_model.eval(), tokenizer, heldout[: cfg.sample_rows])
-    return lasting(metrics) | {"val_reward_before": before}
+    return metrics | {"val_reward_before": before, "skipped": float(skips.total)}

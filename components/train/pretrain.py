@@ -14,18 +14,20 @@ from components.artifact import ForjaError
 from components.data.batches import windows
 from components.data.chat import encode_text
 from components.log import Log
+from components.model.checkpoint import default_device as device
 from components.model.checkpoint import save
-from components.model.engine import device
 from components.model.gpt import GPT, GPTConfig, Shape, parameter_count
 from components.model.interop import initial
 from components.train.loop import Training, fit
 from components.train.samples import write_samples
+from components.train.zloss import nats_and_z
 
 
 class Config(Training, frozen=True, extra="forbid"):
     model: Shape | None
     init: str | None  # a checkpoint to start from, of forja's or a Hugging Face folder: a path, or hf:org/name
     context: int | None = Field(ge=1)  # tokens of a window; None: as many as the model sees
+    z_loss: float = Field(ge=0)
     val_windows: int = Field(ge=1)
     samples: list[str]
 
@@ -37,9 +39,11 @@ class Config(Training, frozen=True, extra="forbid"):
         return init
 
 
-def window_loss(model: nn.Module, items: Sequence[np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The summed cross-entropy in nats of windows [context + 1]."""
+def window_loss(model: nn.Module, items: Sequence[np.ndarray], z: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed cross-entropy in nats of windows [context + 1], plus the z-loss with coefficient `z`."""
     ids = torch.from_numpy(np.stack(items)).to(device())
+    if z:
+        return nats_and_z(model(ids[:, :-1]), ids[:, 1:], z)
     return model(ids[:, :-1], targets=ids[:, 1:]).sum(), {}
 
 
@@ -67,11 +71,11 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: P
         return {"loss": nats / (len(heldout) * context)}
 
     # 3. Train.
-    last = fit(
+    model, last = fit(
         model,
         cfg,
         lambda step: windows(tokenize / "train.npy", context, cfg.seed, step, cfg.batch),
-        window_loss,
+        lambda model, items: window_loss(model, items, cfg.z_loss),
         lambda window: len(window) - 1,
         validate,
         scratch,

@@ -19,7 +19,7 @@ from components.data.chat import SEPARATOR, encode, special
 from components.data.tokenize import rows
 from components.log import Log
 from components.model.checkpoint import TOKENIZER, load, save
-from components.model.engine import device
+from components.model.checkpoint import default_device as device
 from components.model.gpt import GPT
 from components.model.losses import by_length, pad_right, preference_loss
 from components.train.loop import Training, fit
@@ -99,7 +99,7 @@ def run(cfg: Config, validate: Path, sft: Path, out: Path, scratch: Path, log: L
         return {"loss": float(loss) / len(heldout), "accuracy": float(others["accuracy"]) / len(heldout)}
 
     # 3. Train.
-    last = fit(
+    model, last = fit(
         model,
         cfg,
         lambda step: [train[i] for i in bucketed(lengths, cfg.seed, step, cfg.batch)],

@@ -15,17 +15,19 @@ from components.data.chat import SEPARATOR, encode, special
 from components.data.tokenize import rows
 from components.log import Log
 from components.model.checkpoint import TOKENIZER, load, save
-from components.model.engine import device
+from components.model.checkpoint import default_device as device
 from components.model.gpt import GPT
 from components.model.losses import by_length, pad_right
 from components.train.loop import Training, fit
 from components.train.samples import question_items, write_samples
+from components.train.zloss import nats_and_z
 
 Prompts = dict[str, dict[str, str]]
 Example = tuple[list[int], list[bool]]  # tokens, and which of them the assistant says
 
 
 class Config(Training, frozen=True, extra="forbid"):
+    z_loss: float = Field(ge=0)
     prompts: Prompts
     val_rows: int = Field(ge=1)
     sample_rows: int = Field(ge=0)
@@ -51,11 +53,15 @@ def examples(
     return out, len(table) - len(out)
 
 
-def answer_loss(model: nn.Module, items: Sequence[Example], pad: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The summed cross-entropy in nats of the assistant's tokens; the head reads no other."""
+def answer_loss(
+    model: nn.Module, items: Sequence[Example], pad: int, z: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed cross-entropy in nats of the assistant's tokens, plus the z-loss; the head reads no other token."""
     ids = pad_right([ids for ids, _ in items], pad, device())
     said = pad_right([said for _, said in items], 0, device()).bool()
     logits = model(ids[:, :-1], at=said[:, 1:])
+    if z:
+        return nats_and_z(logits, ids[:, 1:][said[:, 1:]], z)
     return F.cross_entropy(logits, ids[:, 1:][said[:, 1:]], reduction="sum"), {}
 
 
@@ -84,11 +90,11 @@ def run(cfg: Config, validate: Path, pretrain: Path, out: Path, scratch: Path, l
 
     # 3. Train.
     before = measure(model)["loss"]
-    last = fit(
+    model, last = fit(
         model,
         cfg,
         lambda step: [train[i] for i in bucketed(lengths, cfg.seed, step, cfg.batch)],
-        lambda model, items: answer_loss(model, items, pad),
+        lambda model, items: answer_loss(model, items, pad, cfg.z_loss),
         lambda example: sum(example[1]),
         measure,
         scratch,

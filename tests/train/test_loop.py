@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.log import Metrics
+from components.log import Log, Metrics, silent
 from components.train.loop import Diverged, Training, fit
 
 CFG = Training(
     lr=0.1,
     matrix_lr=None,
+    schedule="wsd",
+    ema=None,
     lr_floor=1.0,
     warmup=0,
     decay=0.0,
@@ -56,7 +58,7 @@ def test_the_loss_is_the_sum_over_the_count_however_it_is_cut(
         rows.append((step, dict(metrics)))
 
     model = Line()
-    last = fit(
+    _, last = fit(
         model,  # type: ignore[arg-type]
         CFG,
         lambda step: items,
@@ -73,15 +75,48 @@ def test_the_loss_is_the_sum_over_the_count_however_it_is_cut(
     assert last["val_loss"] == 7.0 and "progress" not in last and not any(k.startswith("perf/") for k in last)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="step 0: the loss is nan; lower lr"):
-        fit(
-            Line(),  # type: ignore[arg-type]
-            CFG,
-            lambda step: [(float("nan"), 1)] * 4,
-            loss_of,  # type: ignore[arg-type]
-            lambda item: item[1],
-            lambda model: {},
-            tmp_path,
-            lambda metrics, step: None,
-        )
+def trained(tmp_path: Path, rows: list[list[tuple[float, int]]], log: Log = silent) -> tuple[float, dict[str, float]]:
+    """The weight that training on these batches ends with, and the metrics."""
+    tmp_path.mkdir(exist_ok=True)
+    cfg = CFG.model_copy(update={"steps": len(rows)})
+    model, last = fit(
+        Line(),  # type: ignore[arg-type]
+        cfg,
+        rows.__getitem__,
+        loss_of,  # type: ignore[arg-type]
+        lambda item: item[1],
+        lambda model: {},
+        tmp_path,
+        log,
+    )
+    return float(model.w.detach()), last  # type: ignore[attr-defined]
+
+
+GOOD = [(1.0, 1), (2.0, 1), (3.0, 2), (4.0, 6)]
+NAN = [(float("nan"), 1)] * 4
+LARGE = [(3e38, 1)] * 4  # the loss is infinite, each gradient 3e38 / 4, and their sum finite
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "2"])
+@pytest.mark.parametrize("bad", [NAN, LARGE], ids=["nan", "infinite loss"])
+def test_a_step_that_is_not_finite_is_left_out(
+    bad: list, zero: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a constant rate the rest of the run is the run without that step: moments and their count included."""
+    monkeypatch.setenv("FORJA_ZERO", zero)
+    rows: list[dict[str, float]] = []
+    other = [(2.0, 1), (0.5, 3), (1.0, 1), (-1.0, 1)]
+    got = trained(tmp_path / "a", [GOOD, bad, other, GOOD, bad], lambda row, _: rows.append(dict(row)))
+    want = trained(tmp_path / "b", [GOOD, other, GOOD])
+    assert got[0] == want[0]
+    assert [row.get("skipped") for row in rows] == [None, 1.0, None, None, 2.0]
+    assert "loss" not in rows[1] and got[1]["loss"] == want[1]["loss"]
+    assert got[1]["skipped"] == 2.0 and want[1]["skipped"] == 0.0
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step 13: the loss is nan.* and 11 steps in a row .* lower lr"):
+        trained(tmp_path, [GOOD] * 3 + [NAN] * 12)
+    with pytest.raises(Diverged, match=r"step 1: .* and 2 steps in a row"):  # nothing was learnt at all
+        trained(tmp_path / "short", [NAN] * 2)
+    assert trained(tmp_path / "spaced", [*[NAN] * 10, GOOD, *[NAN] * 10, GOOD])[1]["skipped"] == 20.0

@@ -26,6 +26,7 @@ SHAPE = yaml.safe_load(Path("conf/models/demo.yaml").read_text()) | {
     "mlp_width": 32,
 }
 OPTIM = {"lr": 1e-3, "matrix_lr": 0.02, "lr_floor": 0.1, "warmup": 1, "decay": 0.5, "weight_decay": 0.1, "beta2": 0.95}
+OPTIM |= {"schedule": "wsd", "ema": None}
 TRAINING = OPTIM | {"clip": 1.0, "precision": "bf16", "seed": 3, "steps": 7, "batch": 4, "eval_every": 3}
 TRAINING |= {"save_every": 2}
 PROMPTS = {"en": {"user": "Q: {content}\n", "assistant": "A:"}}
@@ -40,8 +41,10 @@ RLHF = {
 }
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
 CONFIGS = {
-    pretrain: pretrain.Config(**TRAINING, model=SHAPE, init=None, context=None, val_windows=2, samples=["Doc"]),
-    sft: sft.Config(**TRAINING, prompts=PROMPTS, val_rows=4, sample_rows=2),
+    pretrain: pretrain.Config(
+        **TRAINING, z_loss=0.0, model=SHAPE, init=None, context=None, val_windows=2, samples=["Doc"]
+    ),
+    sft: sft.Config(**TRAINING, z_loss=1e-4, prompts=PROMPTS, val_rows=4, sample_rows=2),
     reward: reward.Config(**TRAINING, val_rows=4),
     ppo: ppo.Config(**TRAINING | {"matrix_lr": None}, **RLHF, val_rows=4, sample_rows=2),
 }
