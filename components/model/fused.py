@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE = 1 << 16  # numbers that stay in a core's cache, several times over
+
+def piece() -> int:
+    """Numbers that stay in the cores' caches, several times over."""
+    return (1 << 16) * torch.get_num_threads()
 
 
 def keep_freed_memory() -> None:
@@ -45,7 +48,7 @@ class _Gelu(torch.autograd.Function):
         a, b = 1.5957691216057308, 0.0713548162726009  # 2 sqrt(2 / pi), and that times 0.044715
         flat = x.reshape(-1)
         y, slope = torch.empty_like(flat), torch.empty_like(flat)
-        for xs, ys, slopes in zip(flat.split(PIECE), y.split(PIECE), slope.split(PIECE), strict=True):
+        for xs, ys, slopes in zip(*(x.split(piece()) for x in (flat, y, slope)), strict=True):
             wide = xs.float()
             square = wide * wide
             gate = (wide * a).addcmul_(wide, square, value=b).sigmoid_()
@@ -91,7 +94,7 @@ def nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         out: Tensor = _Nats.apply(hidden, weight, targets)
         return out
-    rows = max(1, (PIECE << 5) // len(weight))
+    rows = max(1, 32 * piece() // len(weight))
     return torch.cat(
         [_softmax(h @ weight.T, t, None) for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
     )
@@ -99,7 +102,7 @@ def nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _softmax(logits: Tensor, targets: Tensor, into: Tensor | None) -> Tensor:
     """The nats of `targets` under `logits` [n, vocab]; `into`, which may be the logits' own memory, gets softmax."""
-    rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else len(logits) or 1
+    rows = max(1, piece() // logits.shape[1]) if logits.device.type == "cpu" else len(logits) or 1
     out = []
     for i in range(0, len(logits), rows):
         wide = logits[i : i + rows].float()
