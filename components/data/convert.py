@@ -31,6 +31,13 @@ SUBJECT = 200  # characters; a longer subject is named by its beginning and its 
 BLOCK = 1 << 25  # bytes of a large file that are one piece of work
 LANGUAGES = {"english": "en", "spanish": "es", "español": "es", "espanol": "es", "castellano": "es"}
 OWN = {"id", "source", "licence", "license", "provenance", "url", "lang", "language", "object", "split", "line"}
+GIVEN = (  # the later one counts
+    ("source", "source"),
+    ("license", "licence"),
+    ("licence", "licence"),
+    ("url", "provenance"),
+    ("provenance", "provenance"),
+)
 ROW = orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
 
 Row = dict[str, Any]
@@ -252,13 +259,12 @@ def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
     whole = "provenance" in own and "object" in own  # a row of forja's, whose id is known elsewhere
     if isinstance(own.get("id"), str | int) and not isinstance(own["id"], bool) and str(own["id"]).strip():
         row["id"] = own["id"] if whole else f"{origin.label}/{own['id']}"
-    for key, names in (("source", ("source",)), ("licence", ("licence", "license")), ("line", ("line",))):
-        given = next((own[n] for n in names if isinstance(own.get(n), str) and own[n].strip()), None)
-        if given is not None:
-            row[key] = given
-    given = own.get("provenance", own.get("url"))
-    if isinstance(given, str) and given.strip():
-        row["provenance"] = given
+    for key, into in GIVEN:
+        given = own.get(key)
+        if isinstance(given, str) and given.strip():
+            row[into] = given
+    if whole and isinstance(own.get("line"), str):
+        row["line"] = own["line"]
     if isinstance(own.get("lang"), str):
         row["lang"] = _language(own["lang"])
     elif origin.lang is None and isinstance(own.get("language"), str):

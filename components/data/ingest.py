@@ -162,9 +162,10 @@ def _files(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
     tally = convert.NOTHING
     size = sum(p.stat().st_size for p in paths)
     if convert.cores() == 1 or size < WORTH:
-        for jobs in work:
+        several = list(work)
+        for i, jobs in enumerate(several):
             tally += convert.work(jobs, origin, folder / ".part")
-            _append(folder / ".part", folder, origin.label)
+            _append(folder / ".part", folder, f"{origin.label}/{i:05d}" if len(several) > 1 else origin.label)
         return tally, len(paths)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(convert.cores(), context, initializer=convert.die_with_parent) as pool:
@@ -172,18 +173,10 @@ def _files(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
         for i, jobs in enumerate(work):
             part = folder / f".part-{i}"
             waiting.append((part, pool.submit(convert.work, jobs, origin, part)))
-            while waiting and waiting[0][1].done():
-                tally += _taken(waiting.pop(0), folder, origin.label)
-        for one in waiting:
-            tally += _taken(one, folder, origin.label)
+        for i, (part, future) in enumerate(waiting):
+            tally += future.result()
+            _append(part, folder, f"{origin.label}/{i:05d}" if len(waiting) > 1 else origin.label)
     return tally, len(paths)
-
-
-def _taken(one: tuple[Path, "Future[Tally]"], folder: Path, label: str) -> Tally:
-    part, future = one
-    tally = future.result()
-    _append(part, folder, label)
-    return tally
 
 
 def _work(source: Source, label: str, paths: list[Path]) -> Iterator[list[Job]]:
@@ -209,11 +202,14 @@ def _work(source: Source, label: str, paths: list[Path]) -> Iterator[list[Job]]:
         yield together
 
 
-def _append(part: Path, folder: Path, label: str) -> None:
-    """Put what a piece of work wrote behind what stands in the tables, and take it away."""
+def _append(part: Path, folder: Path, name: str) -> None:
+    """Give what a piece of work wrote its place in the tables; its quarantine goes behind the others'."""
     for path in sorted(part.glob("*.jsonl")):
-        into = folder / path.name if path.stem == "quarantine" else folder / path.stem / f"{label}.jsonl"
-        into.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as f, into.open("ab") as whole:
+        if path.stem != "quarantine":
+            into = folder / path.stem / f"{name}.jsonl"
+            into.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(into)
+            continue
+        with path.open("rb") as f, (folder / path.name).open("ab") as whole:
             shutil.copyfileobj(f, whole, 1 << 22)
     shutil.rmtree(part, ignore_errors=True)

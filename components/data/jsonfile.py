@@ -10,11 +10,13 @@ from collections.abc import Generator, Iterator
 from typing import IO, Any, NamedTuple
 
 CHUNK = 1 << 20
-# A whole string, or a bracket or comma, or the quote of a string that does not end in the buffer.
-TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
+# All that stands before the next bracket, strings whole; and the same before the next bracket or comma.
+WITHIN = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
+BETWEEN = re.compile(rb'(?:[^"\[\]{},]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
 SPACE = re.compile(rb"[ \t\r\n]*+")
 SCALAR = re.compile(rb'[^ \t\r\n\[\]{},"]*+')
-CLOSED = {b"]": b"[", b"}": b"{"}
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+QUOTE, OPENS, CLOSES, ENDS = b'"'[0], b"[{", b"}"[0], b"]"[0]
 
 
 class Found(NamedTuple):
@@ -57,16 +59,18 @@ class _Buffer:
             if self.start < len(self.data) or not self.more():
                 return self.data[self.start : self.start + 1]
 
-    def token(self, at: int) -> tuple[bytes, int, int]:
-        """The next string, bracket or comma from `start` + `at` on: (its first byte, where it begins and ends). b"" at
-        the end of the file, or beyond the limit."""
+    def token(self, at: int, before: re.Pattern[bytes]) -> tuple[int, int]:
+        """The next bracket, or comma, from `start` + `at` on: (its byte, where it stands). -1 at the end of the file,
+        or beyond the limit."""
         while True:
-            found = TOKEN.search(self.data, self.start + at)
-            if found is not None and found[0] != b'"':
-                return found[0][:1], found.start() - self.start, found.end() - self.start
-            at = (found.start() if found else len(self.data)) - self.start
+            found = before.match(self.data, self.start + at)
+            assert found is not None  # noqa: S101
+            end = found.end()
+            if end < len(self.data) and self.data[end] != QUOTE:
+                return self.data[end], end - self.start
+            at = end - self.start  # a string that does not end in the buffer begins here
             if len(self.data) - self.start > self.limit or not self.more():
-                return b"", len(self.data) - self.start, len(self.data) - self.start
+                return -1, len(self.data) - self.start
 
 
 def values(f: IO[bytes], limit: int) -> Iterator[Found]:
@@ -103,14 +107,25 @@ def _extent(buffer: _Buffer) -> tuple[int, bool]:
             assert found is not None  # noqa: S101
             if found.end() < len(buffer.data) or len(found[0]) > buffer.limit or not buffer.more():
                 return len(found[0]), len(found[0]) <= buffer.limit
+    if first == b'"':
+        return _string(buffer)
     depth = at = 0
     while True:
-        token, _, at = buffer.token(at)
-        depth += (token in (b"{", b"[")) - (token in (b"}", b"]"))
-        if not token:
+        token, at = buffer.token(at, WITHIN)
+        if token < 0:
             return at, False
+        depth, at = depth + (1 if token in OPENS else -1), at + 1
         if depth == 0:
             return at, True
+
+
+def _string(buffer: _Buffer) -> tuple[int, bool]:
+    while True:
+        found = STRING.match(buffer.data, buffer.start)
+        if found is not None:
+            return len(found[0]), True
+        if len(buffer.data) - buffer.start > buffer.limit or not buffer.more():
+            return len(buffer.data) - buffer.start, False
 
 
 def _elements(buffer: _Buffer) -> Generator[Found, None, bool]:
@@ -123,18 +138,18 @@ def _elements(buffer: _Buffer) -> Generator[Found, None, bool]:
             return True
         line, depth, at = buffer.line, 0, 0
         while True:
-            token, begin, at = buffer.token(at)
-            if not token or (depth == 0 and token in b"],}"):
+            token, at = buffer.token(at, WITHIN if depth else BETWEEN)
+            if token < 0 or (depth == 0 and token not in OPENS):
                 break
-            depth += (token in (b"{", b"[")) - (token in (b"}", b"]"))
-        raw = buffer.data[buffer.start : buffer.start + begin].rstrip(b" \t\r\n")
-        if not token or token == b"}":
+            depth, at = depth + (1 if token in OPENS else -1), at + 1
+        raw = buffer.data[buffer.start : buffer.start + at].rstrip(b" \t\r\n")
+        if token < 0 or token == CLOSES:
             yield Found(line, raw, _unclosed(buffer))
             return False
         yield Found(line, raw, _too_long(raw, buffer.limit) if raw else "not JSON: nothing stands beside a comma")
-        buffer.to(buffer.start + at)
+        buffer.to(buffer.start + at + 1)
         several = True
-        if token == b"]":
+        if token == ENDS:
             return True
 
 

@@ -48,6 +48,8 @@ class Will(NamedTuple):
 
     def against(self, place: str, own: Mapping[str, Any], source: str, licence: str, row_id: str) -> str | None:
         """Why a record does not go in, or None. `own` are the fields that it brings itself."""
+        if self == OPEN:
+            return None
         if self.share < 1 and hashed(f"draw/{place}") / 2**64 >= self.share:
             return "not drawn: the source's weight"
         if self.licences is not None and licence not in self.licences:
@@ -57,6 +59,9 @@ class Will(NamedTuple):
         if self.ids and (row_id in self.ids or str(own.get("id")) in self.ids):
             return "excluded: its id opted out"
         return None
+
+
+OPEN = Will(1.0, None, (), frozenset())
 
 
 def read_ids(path: str | None) -> frozenset[str]:

@@ -243,8 +243,10 @@ def test_several_processes_and_parts_give_the_bytes_of_one(tmp_path: Path, monke
     monkeypatch.setattr("components.data.ingest.WORTH", 1)
     monkeypatch.setattr("components.data.ingest.TOGETHER", 1)
     again = folder(tmp_path / "two", files)
-    for name in ("corpus/mine.jsonl", "quarantine.jsonl", "sources.json"):
+    for name in ("quarantine.jsonl", "sources.json"):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert [p.name for p in sorted((again / "corpus" / "mine").iterdir())] == [f"0000{i}.jsonl" for i in range(3)]
+    assert read(again, "corpus") == read(whole, "corpus")
     monkeypatch.setattr("components.data.convert.BLOCK", 100_000)
     parts = folder(tmp_path / "three", files)
     lines = [r["line"] for r in read(parts, "corpus") if "a.jsonl" in r["line"]]
