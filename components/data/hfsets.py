@@ -40,11 +40,19 @@ def splits(source: str, label: str) -> list[Set]:
             f"{source}: the hub does not give it ({why}); check the name, or save it and give its folder"
         ) from None
     sets = found.items() if hasattr(found, "items") else [(str(found.split or "train"), found)]
-    return [Set(f"{label}/{split}", _records(f"{label}/{split}", rows), _licence(rows)) for split, rows in sets]
+    licence = _licence(name, revision)
+    return [Set(f"{label}/{split}", _records(f"{label}/{split}", rows), licence) for split, rows in sets]
 
 
-def _licence(rows: Any) -> str | None:
-    said = getattr(getattr(rows, "info", None), "license", None)
+def _licence(name: str, revision: str | None) -> str | None:
+    """What the set's card says, or None."""
+    import huggingface_hub
+
+    try:
+        card = huggingface_hub.dataset_info(name, revision=revision).card_data
+    except (OSError, ValueError):
+        return None
+    said = getattr(card, "license", None)
     return said if isinstance(said, str) and said.strip() else None
 
 
