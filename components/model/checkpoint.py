@@ -135,8 +135,11 @@ def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Cal
 def marks_of(folder: Path, tokenizer: Tokenizer) -> Marks:
     """What stands around a text of this checkpoint's. Raises ForjaError where neither a file nor the tokenizer says."""
     if (folder / MARKS).is_file():
-        said = json.loads((folder / MARKS).read_bytes())
-        return Marks(said["start"], tuple(said["ends"]))
+        try:
+            said = json.loads((folder / MARKS).read_bytes())
+            return Marks(said["start"], tuple(said["ends"]))
+        except (ValueError, KeyError, TypeError) as e:
+            raise Damaged(f"{folder / MARKS}: not a text's marks ({e}); import the model again") from None
     separator = special(tokenizer, SEPARATOR)
     return Marks(separator, (separator,))
 

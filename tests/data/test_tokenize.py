@@ -72,6 +72,12 @@ def test_a_tokenizer_that_is_there_is_used_and_no_text_makes_its_marks(tmp_path:
     assert theirs.encode(NASTY[0]).ids == [50279]  # as it would have been
 
 
+@pytest.mark.parametrize("texts", [NASTY, ["plain"]])
+def test_a_shard_has_one_separator_a_document(texts: list[str]) -> None:
+    shard = tokenize.pack(small(), texts)
+    assert (shard == 0).sum() == len(texts) and not ((shard > 0) & (shard < len(SPECIAL))).any()
+
+
 def small() -> Tokenizer:
     return tokenize.train_bpe(["some words"], 300, 1)
 

@@ -16,6 +16,7 @@ COMMON |= {"bos_token_id": 1, "eos_token_id": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SHARP = YARN | {"rope_theta": 10.0, "attention_factor": 1.4, "beta_fast": 1.0, "beta_slow": 0.1}
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=2),
     "gpt2-free": GPT2Config(
@@ -26,7 +27,7 @@ CONFIGS = {
     "llama-biases": LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
     "llama3": LlamaConfig(**COMMON, rope_parameters=LLAMA3),
     "llama-yarn": LlamaConfig(**COMMON, rope_parameters=YARN),
-    "llama-yarn-sharp": LlamaConfig(**COMMON, rope_parameters=YARN | {"attention_factor": 1.4, "beta_fast": 16.0}),
+    "llama-yarn-sharp": LlamaConfig(**COMMON, rope_parameters=SHARP),
     "llama-yarn-mscale": LlamaConfig(**COMMON, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}),
     "mistral": MistralConfig(**COMMON, sliding_window=7),
     "mistral-whole": MistralConfig(**COMMON | {"hidden_size": 30}, sliding_window=None, head_dim=10),
