@@ -97,13 +97,13 @@ def _slowly(line: bytes) -> Any:
         raise
     except (RecursionError, ValueError):
         raise Unfit("not JSON: nested too deeply, or a number too long") from None
-    _shallow(value, 0)
+    _shallow(value, 1)
     check(value)
     return value
 
 
 def _shallow(value: Any, depth: int) -> None:
-    if depth > DEPTH:
+    if isinstance(value, dict | list) and depth > DEPTH:
         raise Unfit(f"not JSON: nested too deeply, beyond {DEPTH} levels")
     if isinstance(value, dict):
         for v in value.values():
