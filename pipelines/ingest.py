@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from components.artifact import ForjaError
@@ -41,6 +41,8 @@ def by_hand(root: Path, sources: list[dict[str, Any]], package: str | None) -> N
         rows = ", ".join(f"{name.removesuffix('.rows')} {n:,.0f}" for name, n in counts.items() if ".rows" in name)
         say(f"data.dvc names the new snapshot {dvc.data_version(root)}: {rows}")
         if any(n for name, n in counts.items() if name.endswith(".quarantined")):
+            for example in _examples(root / "data" / "quarantine.jsonl"):
+                console.print(Text(f"  {example}", style="dim"))
             say("What was turned away is in data/quarantine.jsonl, with file, line and reason.")
 
 
@@ -60,9 +62,19 @@ def _held_out(source: dict[str, Any]) -> str:
     return f"{source['source']}: its files' names say test or val, so no row is for training; --split hash cuts it anew"
 
 
+def _examples(quarantine: Path) -> list[str]:
+    """For each kind of reason the first record: where it stands and what is the matter."""
+    first: dict[str, str] = {}
+    with quarantine.open("rb") as f:
+        for line in f:
+            row = json.loads(line)
+            first.setdefault(row["reason"].partition(":")[0], f"{row['file']}:{row['line']}: {row['reason']}")
+    return list(first.values())
+
+
 def told(sources: list[dict[str, Any]]) -> Table:
     """What was read of each source, as which shape, and what became of it."""
-    table = Table("source", "shape", "table", "read", "kept", "quarantined", title="Sources")
+    table = Table("source", Column("shape", no_wrap=True), "table", "read", "kept", "quarantined", title="Sources")
     for column in table.columns[3:]:
         column.justify = "right"
     for source in sources:
