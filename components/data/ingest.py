@@ -16,12 +16,13 @@ import multiprocessing
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 
-from components.artifact import building, to_json, write_record
+from components.artifact import ForjaError, building, to_json, write_record
 from components.data import convert, hfsets, mix, pyrows, readers
 from components.data.convert import Job, Origin, Tally
 from components.data.mix import TABLES, Source, Will
@@ -174,7 +175,11 @@ def _files(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
             part = folder / f".part-{i}"
             waiting.append((part, pool.submit(convert.work, jobs, origin, part)))
         for i, (part, future) in enumerate(waiting):
-            tally += future.result()
+            try:
+                tally += future.result()
+            except BrokenProcessPool:
+                mend = "free memory, or give smaller files"
+                raise ForjaError(f"{source.source}: a process that read it was killed; {mend}") from None
             _append(part, folder, f"{origin.label}/{i:05d}" if len(waiting) > 1 else origin.label)
     return tally, len(paths)
 
