@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +13,7 @@ from components.data.strict import DAMAGED
 
 BATCH = 512  # rows that are turned into Python values at a time
 FIELD = 1 << 26  # characters of one field of CSV
+AGAIN = 100  # quotes that are never closed after which the lines below are read anew
 # The questions of MMLU as first published have no header: a question, four choices and the letter of the right one.
 HEADLESS = ["question", "A", "B", "C", "D", "answer"]
 
@@ -84,52 +86,75 @@ def as_text(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "surrogatepass")
 
 
+class _Lines:
+    """The lines of a CSV as text, those that the last row took, and a way to read them again."""
+
+    def __init__(self, read: Iterable[tuple[int, bytes, bool]]):
+        self.read, self.again = iter(read), deque[tuple[int, bytes, bool]]()
+        self.taken: list[tuple[int, bytes, bool]] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.read)
+        self.taken.append(line)
+        return line[1].decode("utf-8", "surrogateescape")
+
+    def give_back(self) -> None:
+        """All but the first line of the last row will come again."""
+        self.again.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+    @property
+    def raw(self) -> bytes:
+        return b"".join(line for _, line, _ in self.taken).rstrip(b"\r\n")
+
+
 def csv_rows(read: Iterable[tuple[int, bytes, bool]], delimiter: str) -> Iterator[tuple[int, Any, bytes, str | None]]:
-    """(line, row by the header's names, its bytes, reason). A row may hold line ends within quotes."""
+    """(line, row by the header's names, its bytes, reason). A row may hold line ends within quotes; a quote that is
+    never closed costs the line where it stands, and the lines after it are read anew."""
     csv.field_size_limit(FIELD)
-    taken: list[tuple[int, bytes]] = []
-
-    def texts() -> Iterator[str]:
-        for number, line, whole in read:
-            taken.append((number, line if whole else line + b"\n"))
-            yield line.decode("utf-8", "surrogateescape")
-
-    source = texts()
-    first = next(source, None)
+    lines = _Lines(read)
+    first = next(lines, None)
     if first is None:
         return
     if delimiter == "," and "," not in first:  # what a spreadsheet writes where the comma parts decimals
         delimiter = ";" if ";" in first else "\t" if "\t" in first else ","
-    reader = csv.reader(_chained(first, source), delimiter=delimiter, strict=True)
+    lines.again.append(lines.taken.pop())
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = next(reader)
     if len(header) == len(HEADLESS) and re.fullmatch("[A-D]", header[-1].strip()):
-        yield 1, dict(zip(HEADLESS, header, strict=True)), _raw(taken), None
+        yield 1, dict(zip(HEADLESS, header, strict=True)), lines.raw, None
         header = HEADLESS
+    header = _told_apart(header)
+    torn = 0
     while True:
-        taken.clear()
-        row, reason = None, None
+        lines.taken.clear()
+        row, reason = [], None
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as e:
             reason = f"not CSV: {e}"
-        raw = _raw(taken)
-        if reason is None:
-            reason = _reason(row or [], header, raw)
-        yield taken[0][0], None if reason else dict(zip(header, row or [], strict=True)), raw, reason
+            torn += 1
+            if torn <= AGAIN:  # each time may read to the end of the file
+                lines.give_back()
+                reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        reason = reason or _reason(row, header, lines)
+        yield lines.taken[0][0], None if reason else dict(zip(header, row, strict=True)), lines.raw, reason
 
 
-def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _told_apart(header: list[str]) -> list[str]:
+    """Names that stand there twice become `name`, `name.2`."""
+    return [name if (n := header[:i].count(name)) == 0 else f"{name}.{n + 1}" for i, name in enumerate(header)]
 
 
-def _raw(taken: list[tuple[int, bytes]]) -> bytes:
-    return b"".join(line for _, line in taken).rstrip(b"\r\n")
-
-
-def _reason(row: list[str], header: list[str], raw: bytes) -> str | None:
+def _reason(row: list[str], header: list[str], lines: _Lines) -> str | None:
+    raw = lines.raw
+    if not all(whole for _, _, whole in lines.taken):
+        return "line too long: only its beginning was read"
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as e:

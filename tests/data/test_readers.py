@@ -241,7 +241,7 @@ def test_fifty_megabytes_in_one_line(tmp_path: Path) -> None:
 
 
 def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
-    data = b'a,b\n1,2\n1\n1,2,3\n"x\ny",\xff\n\n"nul\x00",2\n"never closed,2\n'
+    data = b'a,b\n1,2\n1\n1,2,3\n"x\ny",\xff\n\n"nul\x00",2\n"never closed,2\n3,4\n"x"y,5\n6,7\n'
     found = list(records(write(tmp_path / "a.csv", data)))
     assert [(r.line, r.reason) for r in found] == [
         (2, None),
@@ -250,9 +250,22 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
         (5, "not UTF-8: byte 7 is 0xff"),
         (7, "empty line"),
         (8, "damaged text: NUL"),
-        (9, "not CSV: unexpected end of data"),
+        (9, "not CSV: ',' expected after '\"'"),  # the next quote closes it, two lines below
+        (10, None),
+        (11, "not CSV: ',' expected after '\"'"),
+        (12, None),
     ]
+    assert b"\n".join(r.raw for r in found) + b"\n" == data[4:]
     assert found[3].raw == b'"x\ny",\xff'
+
+
+def test_names_given_twice_in_a_header_and_lines_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [r.value for r in records(write(tmp_path / "a.csv", b"a,a,b\n1,2,3\n"))] == [
+        {"a": "1", "a.2": "2", "b": "3"}
+    ]
+    monkeypatch.setattr(readers, "LINE", 100)
+    found = told(write(tmp_path / "b.csv", b"a,b\n" + b"x" * 200 + b",1\n2,3\n"))
+    assert found == [(2, "line too long: only its beginning was read"), (3, None)]
 
 
 def test_tables_with_nothing_and_one_row_and_nested_columns(tmp_path: Path) -> None:
