@@ -19,9 +19,9 @@ import os
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tiktoken
@@ -42,7 +42,10 @@ DIGITS = (
 # to be put between pieces: the end of a text, and from FIRST on the tokenizer's own added tokens.
 FIRST, END = 0x10F000, "\U0010ffff"
 MARK = re.compile(f"[{chr(FIRST)}-{END}]")
+NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 has no use for: some vocabularies lack them
 LONG = 100_000  # white characters in a row on which the expression would run out of stack
+
+Group = TypeVar("Group")
 
 
 class Encoded(NamedTuple):
@@ -136,18 +139,21 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     )
 
 
-def encode_all(encoder: Encoder, groups: Iterable[Sequence[str]]) -> Iterator[Encoded]:
-    """Each group of texts encoded, in order, by as many threads as there are cores: tiktoken does not hold Python's
-    lock. A few groups more than threads are in memory at once."""
+def encode_all(
+    encoder: Encoder, groups: Iterable[Group], texts: Callable[[Group], Sequence[str]]
+) -> Iterator[tuple[Group, Encoded]]:
+    """Each group with its texts encoded, in order, by as many threads as there are cores: tiktoken does not hold
+    Python's lock. A few more groups than threads are in memory at once."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Encoded]] = deque()
+        waiting: deque[tuple[Group, Future[Encoded]]] = deque()
         for group in groups:
-            waiting.append(pool.submit(encoder, group))
+            waiting.append((group, pool.submit(encoder, texts(group))))
             if len(waiting) > threads + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                first, found = waiting.popleft()
+                yield first, found.result()
+        for first, found in waiting:
+            yield first, found.result()
 
 
 def _odd(text: str) -> bool:
@@ -214,9 +220,9 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _Unlike("its BPE marks the beginnings or ends of words")
     byte, vocab = byte_of(), model["vocab"]
-    if missing := [c for c in byte if c not in vocab]:
-        raise _Unlike(f"it has no token for the byte {byte[missing[0]]:#04x}")
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    if missing := [b for c, b in byte.items() if c not in vocab and b not in NEVER]:
+        raise _Unlike(f"it has no token for the byte {missing[0]:#04x}")
+    merges = [(left, right) for left, right in (m.split(" ") if isinstance(m, str) else m for m in model["merges"])]
     made = [c for c, _ in sorted(byte.items(), key=lambda item: item[1])]
     for left, right in merges:
         if left + right != made[-1]:
@@ -224,10 +230,12 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     if len(set(made)) < len(made):
         raise _Unlike("one token is made by merges far apart")
     _check_merges(vocab, merges, made, whole=bool(model.get("ignore_merges")))
-    return {bytes(map(byte.__getitem__, token)): i for i, token in enumerate(made)}, [vocab[token] for token in made]
+    return {bytes(map(byte.__getitem__, token)): i for i, token in enumerate(made)}, [
+        vocab.get(token, 0) for token in made
+    ]
 
 
-def _check_merges(vocab: dict[str, int], merges: list[tuple[str, ...]], made: list[str], whole: bool) -> None:
+def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], made: list[str], whole: bool) -> None:
     """Raise _Unlike where pairs might be merged that the list does not name, or a piece that is a token not become it.
 
     whole: a piece that is a token becomes it whatever the merges say; tiktoken does so always. A list that names every
@@ -243,7 +251,7 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, ...]], made: li
     if complete and whole:
         return
     bare = Tokenizer(models.BPE(vocab, merges))
-    for encoding in bare.encode_batch_fast(made, add_special_tokens=False):
+    for encoding in bare.encode_batch_fast([t for t in made if t in vocab], add_special_tokens=False):
         if len(encoding.ids) != 1:
             raise _Unlike(f"its token {''.join(encoding.tokens)!r} does not merge back into itself")
 

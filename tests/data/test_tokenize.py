@@ -12,7 +12,10 @@ from components.artifact import ForjaError
 from components.data import tokenize
 from components.data.batches import windows
 from components.data.chat import SPECIAL, encode_text, special
+from components.data.encode import Encoder
 from components.log import silent
+
+LEARN = tokenize.Config(vocab_size=300, min_frequency=1, sample_mb=9, tokenizer=None)
 
 
 def write_tables(folder: Path, splits: list[str]) -> None:
@@ -27,13 +30,14 @@ def test_shards_hold_the_documents(tmp_path: Path) -> None:
     write_tables(tmp_path, ["train", "train", "val", "test"])
     out = tmp_path / "out"
     out.mkdir()
-    metrics = tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), tmp_path, out, silent)
+    metrics = tokenize.run(LEARN, tmp_path, out, silent)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     shard = np.load(out / "train.npy")
     texts = [tokenizer.decode(part.tolist()) for part in np.split(shard, np.flatnonzero(shard == 0) + 1)[:2]]
     assert [t.split(":")[0] for t in texts] == ["Document 0", "Document 1"]
     counts = json.loads((out / "tokens.json").read_text())
     assert counts["train"] == {"tokens": len(shard), "bytes": 2 * 119, "documents": 2}
+    assert np.load(out / "train.ends.npy").tolist() == (np.flatnonzero(shard == 0) + 1).tolist()
     assert (out / "test.txt").read_text().startswith("Document 3: año")
     assert metrics["train.tokens"] == len(shard) and metrics["bytes_per_token"] > 1
     assert len(tokenizer.encode("zzqq").ids) < 4  # the turns were learnt from too
@@ -42,11 +46,11 @@ def test_shards_hold_the_documents(tmp_path: Path) -> None:
 def test_a_split_without_rows_is_named(tmp_path: Path) -> None:
     write_tables(tmp_path, ["train", "val"])
     with pytest.raises(ForjaError, match="no row in the test split"):
-        tokenize.run(tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), tmp_path, tmp_path, silent)
+        tokenize.run(LEARN, tmp_path, tmp_path, silent)
 
 
 OLMO = Path(__file__).parents[2] / ".." / "shared" / "data" / "tokenizer_olmo" / "allenai_gpt-neox-olmo-dolma-v1_5.json"
-FROM = tokenize.Config(vocab_size=None, min_frequency=None, tokenizer="x")
+FROM = tokenize.Config(vocab_size=None, min_frequency=None, sample_mb=9, tokenizer="x")
 NASTY = ["<|endoftext|>", "a<|padding|>b", "<|end|><|call|>{}<|result|>", "<|endoftext|><|end|>", "<|", "|>"]
 
 
@@ -74,7 +78,7 @@ def test_a_tokenizer_that_is_there_is_used_and_no_text_makes_its_marks(tmp_path:
 
 @pytest.mark.parametrize("texts", [NASTY, ["plain"]])
 def test_a_shard_has_one_separator_a_document(texts: list[str]) -> None:
-    shard = tokenize.pack(small(), texts)
+    shard = Encoder(small(), 0)(texts).ids
     assert (shard == 0).sum() == len(texts) and not ((shard > 0) & (shard < len(SPECIAL))).any()
 
 
@@ -122,4 +126,51 @@ def test_what_is_no_tokenizer_is_said(tmp_path: Path) -> None:
 )
 def test_learning_and_naming_exclude_each_other(change: dict, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        tokenize.Config(**{"vocab_size": 300, "min_frequency": 1, "tokenizer": None, **change})
+        tokenize.Config(**{"vocab_size": 300, "min_frequency": 1, "sample_mb": 9, "tokenizer": None, **change})
+
+
+def test_a_corpus_of_many_groups_becomes_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tables(tmp_path, ["train", "val", "train", "test", "train", "val"] * 20)
+    for name, chars in (("whole", 1 << 20), ("cut", 300)):
+        monkeypatch.setattr(tokenize, "GROUP_CHARS", chars)
+        (tmp_path / name).mkdir()
+        tokenize.run(LEARN, tmp_path, tmp_path / name, silent)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert {"val.npy", "val.ends.npy", "val.txt", "test.txt", "tokens.json"} < set(names)
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    assert len(np.load(tmp_path / "cut" / "train.ends.npy")) == 60
+
+
+def test_a_large_corpus_is_sampled_and_the_turns_are_not(tmp_path: Path) -> None:
+    texts = [f"row {i} " + "x" * 2000 for i in range(1000)]
+    lines = [json.dumps({"text": text, "split": "train" if i % 4 else "val"}) + "\n" for i, text in enumerate(texts)]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    talk = {"split": "train", "messages": [{"role": "user", "content": "a turn"}]}
+    (tmp_path / "instructions.jsonl").write_text(json.dumps(talk) + "\n")
+    everything = list(tokenize.sample(tmp_path, 3))
+    assert everything == [text for i, text in enumerate(texts) if i % 4] + ["a turn"]
+    half = list(tokenize.sample(tmp_path, 1))
+    assert half == list(tokenize.sample(tmp_path, 1)) and half[-1] == "a turn"
+    assert 300 < len(half) < 440 and set(half) < set(everything)  # 1 MB of 2.05: 366 of 750
+
+
+def test_bytes_per_token_are_told_by_language(tmp_path: Path) -> None:
+    write_tables(tmp_path, ["train", "train"])
+    rows = [{"text": "hola", "split": split, "lang": "es"} for split in ("val", "test")]
+    rows += [{"text": "word word", "split": "test", "lang": "en"}]
+    with (tmp_path / "corpus.jsonl").open("a") as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
+    talk = {"split": "val", "lang": "es", "messages": [{"role": "user", "content": "sí"}]}
+    with (tmp_path / "instructions.jsonl").open("a", encoding="utf-8") as f:
+        f.write(json.dumps(talk, ensure_ascii=False) + "\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = tokenize.run(LEARN, tmp_path, out, silent)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    spanish = sum(len(encode_text(tokenizer, text)) for text in ("hola", "hola", "sí"))
+    assert metrics["bytes_per_token.es"] == (4 + 4 + 3) / spanish
+    assert metrics["bytes_per_token.en"] == 9 / len(encode_text(tokenizer, "word word"))
+    assert metrics["bytes_per_token"] == 13 / len(
+        [*encode_text(tokenizer, "hola"), *encode_text(tokenizer, "word word")]
+    )

@@ -5,6 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
+from components.data.chat import SEPARATOR, special
 from components.log import silent
 from components.model import checkpoint
 from components.release import evaluate, quantize
@@ -64,7 +65,7 @@ def write_tables(folder, leak=False):
 @pytest.fixture
 def folders(tmp_path, save_checkpoint, tokenizer):
     """All inputs of the stage: tables, tokens and random models."""
-    from components.data.tokenize import pack
+    from components.data.encode import Encoder
 
     found = {
         "validate": tmp_path / "validate",
@@ -78,7 +79,7 @@ def folders(tmp_path, save_checkpoint, tokenizer):
     write_tables(found["validate"])
     found["tokenize"].mkdir()
     documents = ["The answer is the answer.", "La respuesta es ésta: la respuesta."]
-    np.save(found["tokenize"] / "test.npy", pack(tokenizer, documents))
+    np.save(found["tokenize"] / "test.npy", Encoder(tokenizer, special(tokenizer, SEPARATOR))(documents).ids)
     (found["tokenize"] / "test.txt").write_text("\n\n".join(documents), encoding="utf-8")
     quantize.run(quantize.Config(int4_group=16), found["ppo"], found["quantize"], silent)
     return found
