@@ -254,3 +254,33 @@ def test_several_processes_and_parts_give_the_bytes_of_one(tmp_path: Path, monke
     assert turned_away(parts) == turned_away(whole)
     said = "".join(r["text"] for r in read(parts, "corpus") if "c.txt" in r["line"])
     assert said == "One.\n\nTwo.\n" * 9000
+
+
+def test_splits_are_the_rows_own_the_files_the_recipes_or_the_hashs(tmp_path: Path) -> None:
+    pair, choice = b'{"question": "%s", "answer": "a"}\n', b'{"question": "%s", "choices": ["a", "b"], "answer": 0}\n'
+    own = b'{"question": "own%d", "answer": "a", "split": "validation"}\n'
+    files = {
+        "train.jsonl": b"".join(pair % b"t%d" % i for i in range(200)) + b"".join(own % i for i in range(9)),
+        "held_test.jsonl": b"".join(pair % b"h%d" % i for i in range(20)),
+        "dev/x.jsonl": b"".join(pair % b"d%d" % i for i in range(20)),
+        "contest.jsonl": b"".join(pair % b"c%d" % i for i in range(200)),
+        "eval/q.jsonl": b"".join(choice % b"q%d" % i for i in range(200)),
+    }
+
+    def splits(name: str, **said: Any) -> dict[str, Counter[str]]:
+        data = folder(tmp_path / name, files, **said)
+        found: dict[str, Counter[str]] = {}
+        for row in read(data, "instructions") + read(data, "eval"):
+            file = "own" if row["object"].startswith("own") else row["line"].split("/", 1)[1].partition(":")[0]
+            found.setdefault(file, Counter())[row["split"]] += 1
+        return found
+
+    auto = splits("auto")
+    assert auto["own"] == {"val": 9} and auto["held_test.jsonl"] == {"test": 20} and auto["dev/x.jsonl"] == {"val": 20}
+    by_hash = Counter(split_of(f"t{i}") for i in range(200))
+    assert auto["train.jsonl"] == by_hash and set(by_hash) == {"train", "val", "test"}
+    assert auto["contest.jsonl"] == Counter(split_of(f"c{i}") for i in range(200))
+    assert "train" not in auto["eval/q.jsonl"] and auto["eval/q.jsonl"].total() == 200
+    cut = splits("hash", split="hash")
+    assert cut["held_test.jsonl"] == Counter(split_of(f"h{i}") for i in range(20)) and cut["own"] != {"val": 9}
+    assert all(set(found) == {"val"} for found in splits("val", split="val").values())
