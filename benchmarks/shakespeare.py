@@ -38,12 +38,16 @@ OURS = {
     "smear": True,
     "residual_init": "zero",
 }
-RATES = {"lr": 8e-3, "matrix_lr": 0.012, "lr_floor": 0.0, "warmup": 0, "decay": 1.0, "weight_decay": 0.0, "clip": 1.0}
+RATES = {"lr": 6e-3, "matrix_lr": 0.02, "lr_floor": 0.0, "warmup": 0, "decay": 1.0, "weight_decay": 0.0, "clip": 1.0}
 WIDER = {"context": 256, "layers": 5, "width": 160, "heads": 5, "kv_heads": 5, "mlp_width": 640}
 PARTS: dict[str, dict[str, Any]] = {
-    "a": {"goal": 1.898, "shape": SMALL | OURS, "training": RATES | {"lr": 1.2e-2, "steps": 200, "batch": 12}},
+    "a": {
+        "goal": 1.898,
+        "shape": SMALL | OURS,
+        "training": RATES | {"lr": 1.2e-2, "matrix_lr": 0.012, "steps": 200, "batch": 12},
+    },
     "b": {"goal": 1.59, "shape": SMALL | OURS, "training": RATES | {"steps": 2000, "batch": 12}},
-    "c": {"goal": 1.4697, "shape": SMALL | OURS | WIDER, "training": RATES | {"steps": 1500, "batch": 16}},
+    "c": {"goal": 1.4697, "shape": SMALL | OURS | WIDER, "training": RATES | {"steps": 2400, "batch": 8}},
 }
 
 
