@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from components.artifact import sha256, to_json, write_atomic
+from components.artifact import sha256, write_atomic
 from components.data.ingest import PYTHON
 from components.data.readers import files_of
 
@@ -53,12 +53,13 @@ def digests(root: Path, config: dict[str, Any]) -> dict[str, str]:
     if changed:
         known |= {path: [*now[path], digest] for path, digest in hashed.items()}
         (root / ".forja").mkdir(exist_ok=True)
-        write_atomic(root / ".forja" / "sources.json", to_json(known))
+        write_atomic(root / ".forja" / "sources.json", json.dumps(known, sort_keys=True) + "\n")
     return {name: _digest([(n, known[str(p.resolve())][2]) for n, p in files]) for name, files in found.items()}
 
 
 def _digest(files: list[tuple[str, str]]) -> str:
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sorted(files)).encode()).hexdigest()
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(files))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _known(root: Path) -> Known:

@@ -192,7 +192,7 @@ def _work(source: Source, label: str, paths: list[Path]) -> Iterator[list[Job]]:
     for path in paths:
         inside = path.relative_to(root).as_posix() if root.is_dir() else path.name
         table: str | None = source.table or next((t for t in TABLES if inside.startswith(f"{t}/")), None)
-        name = f"{label}/{inside}" if root.is_dir() or len(paths) > 1 else label
+        name = f"{label}/{readers.shown(inside)}" if root.is_dir() or len(paths) > 1 else label
         held = convert.held_split(inside)
         for part in convert.parts_of(path):
             if part is not None:

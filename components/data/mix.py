@@ -82,10 +82,10 @@ def labels(sources: list[str]) -> list[str]:
     found: list[str] = []
     for source in sources:
         path = source.removeprefix("hf:").replace("/", "-") if source.startswith("hf:") else Path(source).name or "data"
-        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in path)
+        name = stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in path)
         several = 2
         while name in found:
-            name = f"{path}-{several}"
+            name = f"{stem}-{several}"
             several += 1
         found.append(name)
     return found

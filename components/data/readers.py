@@ -89,6 +89,11 @@ def files_of(source: str | Path) -> list[Path]:
     return sorted(found)
 
 
+def shown(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _is_data(path: PurePath) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.name not in SAVED and kind_of(path.name)[0] is not None and not ABOUT.search(path.name)
@@ -112,7 +117,7 @@ def _saved(found: list[Path]) -> list[Path]:
 
 def records(path: Path, name: str | None = None, part: Part | None = None) -> Iterator[Record]:
     """The records of one file, or of a part of it. `name` is what they say as their file."""
-    name = path.as_posix() if name is None else name
+    name = shown(path.as_posix()) if name is None else name
     kind, packed = kind_of(path.name)
     yield from _guarded(name, _of_path(path, name, kind, packed, part), part.line if part else 1)
 
@@ -281,7 +286,7 @@ def _csv(name: str, f: IO[bytes], delimiter: str) -> Iterator[Record]:
 def _members(name: str, f: IO[bytes], kind: str) -> Iterator[Record]:
     """The records of an archive's members, `a.zip!b.csv` being the file; a member turned away is one record."""
     for member, opened, reason in archives.members(f, kind):
-        whole, (inner, packed) = f"{name}!{member}", kind_of(member)
+        whole, (inner, packed) = f"{name}!{shown(member)}", kind_of(member)
         if opened is None:
             yield Record(whole, 0, None, b"", reason)
         elif inner in ("zip", "tar"):

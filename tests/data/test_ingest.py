@@ -1,6 +1,7 @@
 """Ingest: the five tables from Python's documentation, and from a folder."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,15 @@ def test_splits_are_the_rows_own_the_files_the_recipes_or_the_hashs(tmp_path: Pa
     cut = splits("hash", split="hash")
     assert cut["held_test.jsonl"] == Counter(split_of(f"h{i}") for i in range(20)) and cut["own"] != {"val": 9}
     assert all(set(found) == {"val"} for found in splits("val", split="val").values())
+
+
+def test_names_that_are_no_utf8_or_hold_brackets(tmp_path: Path) -> None:
+    names = [b"\xff.jsonl", "ñ [b] \n.jsonl".encode(), b"a b.jsonl"]
+    (tmp_path / "mine").mkdir()
+    for name in names:
+        with open(os.fsencode(tmp_path / "mine") + b"/" + name, "wb") as f:
+            f.write(b'{"text": "t"}\n{broken\n')
+    data = folder(tmp_path, {})
+    wanted = ["mine/a b.jsonl", "mine/ñ [b] \n.jsonl", "mine/\\udcff.jsonl"]
+    assert [r["line"] for r in read(data, "corpus")] == [f"{name}:1" for name in wanted]
+    assert [r["file"] for r in turned_away(data)] == wanted
