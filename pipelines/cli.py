@@ -121,15 +121,26 @@ def generate(
     prompt: str,
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder; the champion by default.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=1e-9, max=1, help="Draw from the likeliest that sum to p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from those p times as likely as the first.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=1e-9, help="Above 1: tokens seen count less.")] = 1.0,
+    stop: Annotated[list[str], typer.Option(help="End before this text; may be repeated.")] = [],  # noqa: B006
     seed: int = 0,
     lang: Annotated[str, typer.Option(help="Which prompt template: en or es.")] = "en",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a template.")] = False,
 ) -> None:
-    """Let a model speak."""
+    """Let a model speak; its words are shown as they come."""
     from pipelines.generate import speak
 
-    print(speak(find_root(), prompt, model, max_tokens, temperature, seed, lang, raw))
+    if "" in stop:
+        raise ForjaError("--stop: empty; give some text")
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    options |= {"repetition_penalty": repetition_penalty, "stop_strings": stop, "max_new_tokens": max_tokens}
+    for piece in speak(find_root(), prompt, model, lang, raw, **options):
+        print(piece, end="", flush=True)
+    print()
 
 
 @app.command()

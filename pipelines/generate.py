@@ -1,19 +1,21 @@
-"""Text from a checkpoint folder, or from the champion."""
+"""Text from a checkpoint folder, or from the champion, as it comes."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from components.artifact import ForjaError
 from pipelines import dvc
 from pipelines.promote import champion_folder
 
 
-def speak(
-    root: Path, prompt: str, folder: Path | None, max_tokens: int, temperature: float, seed: int, lang: str, raw: bool
-) -> str:
-    """What the model says to `prompt`, as one turn of a user; with `raw`, how it continues the text."""
+def speak(root: Path, prompt: str, folder: Path | None, lang: str, raw: bool, **options: Any) -> Iterator[str]:
+    """What the model says to `prompt`, as one turn of a user, piece by piece; with `raw`, how it continues the text.
+
+    `options` are those of components/model/generate.py. Raises ForjaError before the first piece for a user's mistake.
+    """
     from components.data import chat
-    from components.model.checkpoint import marks_of
-    from components.model.generate import generate
+    from components.model.generate import stream
     from components.release.quantize import load
 
     if not prompt:
@@ -22,17 +24,30 @@ def speak(
         named = dvc.section(root, "promote")
         folder = champion_folder(root, named["name"], named["alias"])
     model, tokenizer, prompts = load(folder)
-    if raw or not prompts:  # a base model has no templates
-        start, ends = marks_of(folder, tokenizer)
-        ids = [*([] if start is None else [start]), *chat.encode_text(tokenizer, prompt)]
-        stop = ends[0] if ends else model.config.vocab_size  # a model without an end is stopped by nothing
+    raw = raw or not prompts  # a base model has no templates
+    if raw:
+        ids = chat.encode_text(tokenizer, prompt)
     elif lang in prompts:
         ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": prompt}], prompts[lang])
-        stop = chat.special(tokenizer, chat.END)
     else:
         raise ForjaError(f"--lang {lang}: {folder} has no such template; one of {', '.join(sorted(prompts))}")
-    new = generate(model, [ids], max_new_tokens=max_tokens, stop=stop, temperature=temperature, seed=seed)[0]
-    if raw or not prompts:  # some tokenizers drop a space that a text begins with: here it is in the middle of one
-        whole = tokenizer.decode([*ids, *(i for i in new if i != stop)])
-        return str(whole[len(tokenizer.decode(ids)) :])
-    return chat.answer_text(tokenizer, new)
+    stop = chat.special(tokenizer, chat.SEPARATOR if raw else chat.END)
+    # A tool call shows as `<|call|>{...}`; the other marks do not show.
+    hidden = {tokenizer.token_to_id(name) for name in chat.SPECIAL if raw or name != chat.CALL}
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode([i for i in tokens if i not in hidden], skip_special_tokens=raw))
+
+    pieces = (t.text for t in stream(model, [ids], stop=stop, decode=decode, alone=True, **options))
+    yield from pieces if raw else stripped(pieces)
+
+
+def stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of a text without the blanks at its beginning and end."""
+    begun, blanks = False, ""
+    for piece in pieces:
+        text = blanks + piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        blanks = text[len(text.rstrip()) :]
+        if text.rstrip():
+            yield text.rstrip()
