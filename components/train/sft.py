@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -59,10 +58,10 @@ def answer_loss(
     """The summed cross-entropy in nats of the assistant's tokens, plus the z-loss; the head reads no other token."""
     ids = pad_right([ids for ids, _ in items], pad, device())
     said = pad_right([said for _, said in items], 0, device()).bool()
-    logits = model(ids[:, :-1], at=said[:, 1:])
+    targets = ids[:, 1:][said[:, 1:]]
     if z:
-        return nats_and_z(logits, ids[:, 1:][said[:, 1:]], z)
-    return F.cross_entropy(logits, ids[:, 1:][said[:, 1:]], reduction="sum"), {}
+        return nats_and_z(model(ids[:, :-1], at=said[:, 1:]), targets, z)
+    return model(ids[:, :-1], at=said[:, 1:], targets=targets).sum(), {}
 
 
 def run(cfg: Config, validate: Path, pretrain: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
