@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cloned import call, clone_to, forja
 
+from components.data.ingest import Config
 from pipelines import dvc, snapshot
 
 RECIPE = """\
-base: smoke.yaml
 ingest:
   sources:
     - {source: mine, licence: CC0-1.0}
     - {source: more.csv}
+  licences: null
+  exclude_sources: []
+  exclude_ids: null
+  seed: 0
+  package: null
+  problems: 0
+  limit: null
 """
 opened: list[str] = []
 listening = False
@@ -67,8 +75,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (clone / "mine" / "a.jsonl").write_text("".join(f'{{"text": "Text number {i}."}}\n' for i in range(1, 6)))
     (clone / "mine" / "b.txt").write_text("One text.\n")
     (clone / "more.csv").write_text("question,answer\nWhat?,That.\n")
-    (clone / "conf" / "mine.yaml").write_text(RECIPE)
-    forja(clone, "use", "conf/mine.yaml")
+    ingest = Config.model_validate(yaml.safe_load(RECIPE)["ingest"]).model_dump(mode="json")
+    (clone / "params.yaml").write_text(yaml.safe_dump({"ingest": ingest}))
     return clone
 
 
