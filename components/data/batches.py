@@ -11,9 +11,17 @@ from components.artifact import ForjaError
 Item = TypeVar("Item")
 
 
+@lru_cache(maxsize=8)
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The permutation [n] of an epoch, drawn from the counter-based generator Philox (Salmon et al. 2011)."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(n)
+    return _kept(np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(n))
+
+
+def _kept(permutation: np.ndarray) -> np.ndarray:
+    """As it is remembered, so that a step costs the same in an epoch of millions: small, and not to be changed."""
+    small = permutation.astype(np.uint32) if len(permutation) < 1 << 32 else permutation
+    small.flags.writeable = False
+    return small
 
 
 def pick(seed: int, step: int, batch: int, n: int) -> list[int]:
@@ -49,7 +57,7 @@ def windows(shard: Path, context: int, seed: int, step: int, batch: int) -> list
 def _epoch(seed: int, epoch: int, context: int, per_epoch: int) -> tuple[int, np.ndarray]:
     """Where an epoch begins to cut, and the order of its windows. Kept: drawing it takes longer than a small step."""
     rng = np.random.Generator(np.random.Philox(key=seed, counter=epoch))
-    return int(rng.integers(context)), rng.permutation(per_epoch)
+    return int(rng.integers(context)), _kept(rng.permutation(per_epoch))
 
 
 def bucketed(lengths: list[int], seed: int, step: int, batch: int, pool: int = 16) -> list[int]:

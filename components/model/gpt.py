@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from components.model.attention import attend
 from components.model.fused import gelu, nats, squared_relu
 from components.model.rotary import Scaling, rotate, tables
+from components.model.segments import Segments, attend_each
+
+Mask = Tensor | Segments | None
 
 
 class Shape(BaseModel, frozen=True, extra="forbid"):
@@ -118,7 +121,7 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, self.head) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, positions: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, positions: Tensor, rope: Tensor | None, mask: Mask, cache: KVCache | None, layer: int
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split([n * self.head for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
@@ -129,7 +132,10 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v, positions)
-        y = attend(q, k, v, mask, self.window)
+        if isinstance(mask, Segments):
+            y = attend_each(q, k, v, mask, self.window)
+        else:
+            y = attend(q, k, v, mask, self.window)
         return self.out(y.transpose(1, 2).reshape(B, T, self.heads * self.head))
 
 
@@ -158,7 +164,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, positions: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, positions: Tensor, rope: Tensor | None, mask: Mask, cache: KVCache | None, layer: int
     ) -> Tensor:
         if self.kind == "post":
             x = self.norm1(x + self.attention(x, positions, rope, mask, cache, layer))
@@ -214,16 +220,19 @@ class GPT(nn.Module):
         return angles if positions.dim() == 1 else angles.unsqueeze(2)
 
     def hidden(
-        self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self, ids: Tensor, *, positions: Tensor | None = None, mask: Mask = None, cache: KVCache | None = None
     ) -> Tensor:
         """The last layer's normed states [B, T, width].
 
         positions: [T], default the next ones behind what the cache holds, or [B, T], each row's own. mask: boolean,
-        broadcast to [B, heads, T, S], S being all that the cache then holds, True where a query may look; None: causal.
+        broadcast to [B, heads, T, S], S being all that the cache then holds, True where a query may look; None: causal;
+        or the documents of each row (segments.py), which bring their own positions.
         Raises ValueError where the tokens do not fit the context.
         """
         T, window = ids.shape[1], self.config.window
         start = cache.filled if cache is not None else 0
+        if isinstance(mask, Segments):
+            positions = mask.positions
         if positions is None:
             if start + T > self.config.context:
                 raise ValueError(f"{start + T} tokens do not fit the context of {self.config.context}")
@@ -265,7 +274,7 @@ class GPT(nn.Module):
         ids: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         at: Tensor | None = None,
         targets: Tensor | None = None,

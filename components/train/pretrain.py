@@ -1,8 +1,10 @@
 """Pretrain: next-token prediction on the packed corpus."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 from components.artifact import ForjaError
 from components.data.batches import windows
 from components.data.chat import encode_text
+from components.data.packing import Window, pack, packed
 from components.log import Log
 from components.model.checkpoint import default_device as device
 from components.model.checkpoint import save
 from components.model.gpt import GPT, GPTConfig, Shape, parameter_count
 from components.model.interop import initial
+from components.model.segments import segments
 from components.train.loop import Training, fit
 from components.train.samples import write_samples
 from components.train.zloss import nats_and_z
@@ -27,6 +31,7 @@ class Config(Training, frozen=True, extra="forbid"):
     model: Shape | None
     init: str | None  # a checkpoint to start from, of forja's or a Hugging Face folder: a path, or hf:org/name
     context: int | None = Field(ge=1)  # tokens of a window; None: as many as the model sees
+    packing: Literal["stream", "bestfit"]  # one stream cut every `context` tokens, or documents kept apart (packing.py)
     z_loss: float = Field(ge=0)
     val_windows: int = Field(ge=1)
     samples: list[str]
@@ -47,6 +52,33 @@ def window_loss(model: nn.Module, items: Sequence[np.ndarray], z: float = 0.0) -
     return model(ids[:, :-1], targets=ids[:, 1:]).sum(), {}
 
 
+def packed_loss(model: nn.Module, items: Sequence[Window], z: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of windows that hold documents side by side: each document is read as if it stood alone."""
+    ids = torch.from_numpy(np.stack([window.ids for window in items])).to(device())
+    targets = torch.from_numpy(np.stack([window.targets for window in items])).to(device())
+    learnt = targets >= 0
+    where = segments([window.lengths for window in items], ids.shape[1], device())
+    if z:
+        return nats_and_z(model(ids, mask=where, at=learnt), targets[learnt], z)
+    return model(ids, mask=where, at=learnt, targets=targets[learnt]).sum(), {}
+
+
+class Supply(NamedTuple):
+    """A shard as batches of windows (seed, step, how many), what their loss is, and how many tokens one teaches."""
+
+    batch: Callable[[int, int, int], Sequence[Any]]
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    count: Callable[[Any], int]
+    waste: float  # the share of the windows that holds nothing
+
+
+def supply(packing: str, shard: Path, context: int) -> Supply:
+    if packing == "stream":
+        return Supply(partial(windows, shard, context), window_loss, lambda window: len(window) - 1, 0.0)
+    plan = pack(shard, context)
+    return Supply(partial(packed, plan), packed_loss, lambda window: int((window.targets >= 0).sum()), plan.waste)
+
+
 def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: Path | None = None) -> dict[str, float]:
     """`init` is where cfg.init lies, if it names one."""
     # 1. The model: the recipe's shape and the tokenizer's vocabulary, or one that is there.
@@ -62,21 +94,22 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: P
     if context > model.config.context:
         raise ForjaError(f"pretrain.context: {context}, and the model sees {model.config.context}; choose at most that")
 
-    # 2. What is held out: the same windows every time.
-    heldout = windows(tokenize / "val.npy", context, 0, 0, cfg.val_windows)
+    # 2. What is learnt from, and what is held out: the same windows every time.
+    train, val = (supply(cfg.packing, tokenize / f"{split}.npy", context) for split in ("train", "val"))
+    heldout = val.batch(0, 0, cfg.val_windows)
 
     @torch.no_grad()
     def validate(model: GPT) -> dict[str, float]:
-        nats = sum(float(window_loss(model, heldout[i : i + cfg.batch])[0]) for i in range(0, len(heldout), cfg.batch))
-        return {"loss": nats / (len(heldout) * context)}
+        nats = sum(float(val.loss(model, heldout[i : i + cfg.batch])[0]) for i in range(0, len(heldout), cfg.batch))
+        return {"loss": nats / sum(map(val.count, heldout))}
 
     # 3. Train.
     model, last = fit(
         model,
         cfg,
-        lambda step: windows(tokenize / "train.npy", context, cfg.seed, step, cfg.batch),
-        lambda model, items: window_loss(model, items, cfg.z_loss),
-        lambda window: len(window) - 1,
+        lambda step: train.batch(cfg.seed, step, cfg.batch),
+        lambda model, items: train.loss(model, items, cfg.z_loss),
+        train.count,
         validate,
         scratch,
         log,
@@ -89,5 +122,6 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: P
     return last | {
         "val_loss": validate(model.eval())["loss"],
         "parameters": float(parameter_count(model)),
-        "epochs": cfg.steps * cfg.batch * context / tokens,
+        "epochs": cfg.steps * cfg.batch * context * (1 - train.waste) / tokens,
+        "waste": train.waste,
     }

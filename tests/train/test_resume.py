@@ -42,7 +42,7 @@ RLHF = {
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
 CONFIGS = {
     pretrain: pretrain.Config(
-        **TRAINING, z_loss=0.0, model=SHAPE, init=None, context=None, val_windows=2, samples=["Doc"]
+        **TRAINING, z_loss=0.0, model=SHAPE, init=None, context=None, packing="stream", val_windows=2, samples=["Doc"]
     ),
     sft: sft.Config(**TRAINING, z_loss=1e-4, prompts=PROMPTS, val_rows=4, sample_rows=2),
     reward: reward.Config(**TRAINING, val_rows=4),
