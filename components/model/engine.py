@@ -20,11 +20,13 @@ from components.artifact import ForjaError
 from components.model.checkpoint import default_device as device
 from components.model.checkpoint import filled
 from components.model.fused import keep_freed_memory
+from components.model.muon import Muon
 from components.model.optim import Optim, optimiser
 from components.model.ranks import added_up, micro_batch
 from components.model.scratch import Piece, Shards
 from components.world import from_slurm, world
 
+STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"step", "m", "v", "momentum"}}
 logger = logging.getLogger("forja")
 
 
@@ -178,7 +180,11 @@ class Engine:
         """
         self._fits(shards, name)
         kinds = {key.partition("/")[0] for key in shards.names(f"{name}/")} - {"weight", "average", "taken"}
-        self.taken = int(shards.read(f"{name}/taken", 0, 1))
+        if shards.size(f"{name}/{self._counter}") == 0:
+            raise ForjaError(
+                f"{shards.folder}: of another optimiser than {self._counter}; delete {shards.folder.parent}"
+            )
+        self.taken = int(shards.read(f"{name}/{self._counter}", 0, 1))
         for parameter, place in self.places().items():
             read = lambda what: shards.read(f"{name}/{what}/{parameter}", place.start, place.length)  # noqa: B023, E731
             place.of(place.owner).copy_(read("weight"))
