@@ -35,7 +35,7 @@ def chain(root: Path, source: Path, **changes: object) -> tuple[Path, dict[str, 
     for name in ("validate", "tokenize", "pretrain", "scratch"):
         (root / name).mkdir()
     write_tables(root / "validate")
-    cut = tokenize.Config(vocab_size=None, min_frequency=None, tokenizer="x")
+    cut = tokenize.Config(vocab_size=None, min_frequency=None, sample_mb=9, tokenizer="x")
     tokenize.run(cut, root / "validate", root / "tokenize", silent, tokenizer=source)
     out = root / "pretrain"
     return out, pretrain.run(config(**changes), root / "tokenize", out, root / "scratch", silent, init=source)

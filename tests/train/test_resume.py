@@ -93,7 +93,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
         (root / name).mkdir()
     write_tables(root / "validate")
     tokenize.run(
-        tokenize.Config(vocab_size=300, min_frequency=1, tokenizer=None), root / "validate", root / "tokenize", silent
+        tokenize.Config(vocab_size=300, min_frequency=1, sample_mb=9, tokenizer=None),
+        root / "validate",
+        root / "tokenize",
+        silent,
     )
     return root, {name_of(stage): run(stage, root, root / name_of(stage)) for stage in CONFIGS}
 
