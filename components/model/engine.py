@@ -180,11 +180,10 @@ class Engine:
         """
         self._fits(shards, name)
         kinds = {key.partition("/")[0] for key in shards.names(f"{name}/")} - {"weight", "average", "taken"}
-        if shards.size(f"{name}/{self._counter}") == 0:
-            raise ForjaError(
-                f"{shards.folder}: of another optimiser than {self._counter}; delete {shards.folder.parent}"
-            )
-        self.taken = int(shards.read(f"{name}/{self._counter}", 0, 1))
+        if strange := sorted(kinds - STATES[type(self.base)]):
+            why = f"{strange[0]} is of another optimiser than {type(self.base).__name__}"
+            raise ForjaError(f"{shards.folder}: {why}; delete {shards.folder.parent}")
+        self.taken = int(shards.read(f"{name}/taken", 0, 1))
         for parameter, place in self.places().items():
             read = lambda what: shards.read(f"{name}/{what}/{parameter}", place.start, place.length)  # noqa: B023, E731
             place.of(place.owner).copy_(read("weight"))
