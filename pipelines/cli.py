@@ -62,7 +62,7 @@ def stage(name: str) -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[list[str], typer.Argument(help="Files, folders, globs, hf:org/name, or python-docs.")],
+    source: Annotated[list[str], typer.Argument(help="Files, folders, globs, hf:org/name, python-docs or problems.")],
     shape: Annotated[str | None, typer.Option(help="The records' shape, where it is not recognised.")] = None,
     table: Annotated[str | None, typer.Option(help="The table that the rows go to.")] = None,
     licence: Annotated[str | None, typer.Option(help="The licence of rows that do not say theirs.")] = None,

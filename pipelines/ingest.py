@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from components.artifact import ForjaError
-from components.data.ingest import PYTHON, Config
+from components.data.ingest import MADE, Config
 from pipelines import dvc, snapshot
 from pipelines import recipe as recipes
 from pipelines.checkout import only_writer
@@ -49,7 +49,7 @@ def by_hand(root: Path, sources: list[dict[str, Any]], package: str | None) -> N
 def _seen_from(root: Path, source: dict[str, Any]) -> dict[str, Any]:
     """A path as the checkout sees it, so that data.dvc names it alike wherever the command was given."""
     name = source["source"]
-    if name == PYTHON or name.startswith("hf:"):
+    if name in MADE or name.startswith("hf:"):
         return source
     path = Path(name).expanduser().absolute()
     return {**source, "source": path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)}

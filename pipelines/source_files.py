@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.artifact import sha256, write_atomic
-from components.data.ingest import PYTHON
+from components.data.ingest import MADE
 from components.data.readers import files_of
 
 Known = dict[str, list[Any]]  # path: [size, mtime_ns, sha256]
@@ -26,11 +26,11 @@ def located(root: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at(root: Path, source: str) -> str:
-    return source if source == PYTHON or source.startswith("hf:") else str(root / Path(source).expanduser())
+    return source if source in MADE or source.startswith("hf:") else str(root / Path(source).expanduser())
 
 
 def digests(root: Path, config: dict[str, Any]) -> dict[str, str]:
-    """{source: digest of its files}; python-docs and the hub have none. Reads only files that are new or changed.
+    """{source: digest of its files}; what is made and the hub have none. Reads only files that are new or changed.
 
     Raises ForjaError where a source is missing.
     """
@@ -38,7 +38,7 @@ def digests(root: Path, config: dict[str, Any]) -> dict[str, str]:
     found: dict[str, list[tuple[str, Path]]] = {}
     for given, at in zip(config["sources"], located(root, config)["sources"], strict=True):
         name, where = given["source"], at["source"]
-        if name != PYTHON and not name.startswith("hf:"):
+        if name not in MADE and not name.startswith("hf:"):
             folder = Path(where)
             files = files_of(where)
             found[name] = [(p.relative_to(folder).as_posix() if folder.is_dir() else p.name, p) for p in files]

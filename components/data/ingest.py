@@ -6,9 +6,9 @@
     prompts       ...                                                  messages
     eval          ...                                                  question choices answer
 
-A source is python-docs (the documentation of Python or of an installed package, with generated problems), a file, a
-folder, a glob, or a set of the Hugging Face hub. sources.json says what each gave; quarantine.jsonl holds, with file,
-line and reason, every record that was read and turned away.
+A source is python-docs (the documentation of Python or of an installed package, with generated problems), problems
+(these alone), a file, a folder, a glob, or a set of the Hugging Face hub. sources.json says what each gave;
+quarantine.jsonl holds, with file, line and reason, every record that was read and turned away.
 """
 
 import json
@@ -28,13 +28,14 @@ from components.data.convert import Job, Origin, Tally
 from components.data.mix import TABLES, Source, Will
 from components.log import Log
 
-PYTHON = "python-docs"
+PYTHON, PROBLEMS = "python-docs", "problems"
+MADE = (PYTHON, PROBLEMS)  # sources that are no files
 WORTH = 1 << 25  # bytes; less is done faster by this process alone than by several
 TOGETHER = 1 << 23  # bytes of small files that are one piece of work
 
 
 class Config(BaseModel, frozen=True, extra="forbid"):
-    """`seed`, `package`, `problems` and `limit` speak of python-docs alone; the others choose among all records."""
+    """`seed`, `package`, `problems` and `limit` speak of what forja makes; the others choose among all records."""
 
     sources: list[Source] = Field(min_length=1)
     licences: list[str] | None  # None: all
@@ -80,9 +81,9 @@ def _all(cfg: Config, folder: Path, log: Log) -> tuple[dict[str, float], list[di
     for i, (source, label) in enumerate(zip(cfg.sources, mix.labels(names), strict=True)):
         log({"progress": i / len(names)}, 0)
         origin = _origin(cfg, source, label)
-        if source.source == PYTHON:
-            tally, extra = _python(cfg, origin, folder, log)
-            files = 0
+        if source.source in MADE:
+            tally, more = _made(cfg, source, origin, folder, log)
+            files, extra = 0, extra | more
         elif source.source.startswith("hf:"):
             tally, files = _hub(source, origin, folder)
         else:
@@ -121,25 +122,30 @@ def _told(label: str, files: int, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _python(cfg: Config, origin: Origin, folder: Path, log: Log) -> tuple[Tally, dict[str, float]]:
+def _made(cfg: Config, source: Source, origin: Origin, folder: Path, log: Log) -> tuple[Tally, dict[str, float]]:
     log({"progress": 0.0}, 0)
-    tables, extra = pyrows.tables(cfg.package, cfg.seed, cfg.problems, cfg.limit)
+    if source.source == PYTHON:
+        tables, extra = pyrows.tables(cfg.package, cfg.seed, cfg.problems, cfg.limit)
+    else:
+        tables, extra = pyrows.problem_tables(cfg.seed, cfg.problems, source.lang), {}
     log({"progress": 0.5}, 0)
     tally = convert.NOTHING
     for table, rows in tables.items():
-        path = folder / table / "python.jsonl"
+        path = folder / table / ("python.jsonl" if source.source == PYTHON else "problems.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as f, (folder / "quarantine.jsonl").open("ab") as away:
             for row in rows:
-                tally += _python_row(table, row, origin, f, away)
+                tally += _made_row(table, row, origin, f, away)
     return tally, extra
 
 
-def _python_row(table: str, row: dict[str, Any], origin: Origin, f: Any, away: Any) -> Tally:
+def _made_row(table: str, row: dict[str, Any], origin: Origin, f: Any, away: Any) -> Tally:
     reason = origin.will.against(row["id"], row, row["source"], row["licence"], row["id"])
     if reason is None:
         f.write(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-        return Tally(1, 1, convert.Counter({(PYTHON, table): 1}), convert.Counter({row["split"]: 1}), convert.Counter())
+        return Tally(
+            1, 1, convert.Counter({(origin.label, table): 1}), convert.Counter({row["split"]: 1}), convert.Counter()
+        )
     away.write(convert.quarantined(readers.Record(row["id"], 0, None, b"", reason), reason, origin.label))
     return Tally(1, 0, convert.Counter(), convert.Counter(), convert.Counter({reason.partition(":")[0]: 1}))
 

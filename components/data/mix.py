@@ -20,7 +20,7 @@ POLICY = ("not drawn", "excluded", "licence")  # reasons that are the recipe's w
 
 
 class Source(BaseModel, frozen=True, extra="forbid"):
-    """One source: python-docs, a file, a folder, a glob, hf:org/name. What is null is recognised or filled in."""
+    """One source: python-docs, problems, a file, a folder, a glob, hf:org/name. Null is recognised or filled in."""
 
     source: str
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)

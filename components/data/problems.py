@@ -84,13 +84,13 @@ def number(value: Fraction) -> str:
     return f"-{text}" if value < 0 else text
 
 
-def generate(count: int, seed: int) -> list[Problem]:
+def generate(count: int, seed: int, langs: tuple[str, ...] = LANGS) -> list[Problem]:
     """`count` problems, each on an expression of its own, in the order drawn."""
     rng = random.Random(f"problems/{seed}")
     found: dict[str, Problem] = {}
     while len(found) < count:
         make = rng.choices([_small, _arithmetic, _two_steps, _percent, _units], [2, 4, 1, 2, 3])[0]
-        problem = make(rng, rng.choice(LANGS))
+        problem = make(rng, rng.choice(langs))
         if problem is not None:
             found.setdefault(problem.object, problem)
     return list(found.values())

@@ -1,8 +1,9 @@
-"""The default source as rows: Python's documentation, or an installed package's, with generated problems."""
+"""What forja makes itself as rows: Python's documentation, or an installed package's, and generated problems."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from components.artifact import ForjaError
 from components.data import problems, questions, sources
 from components.data.sources import Doc, Origin, hashed, split_of
 
@@ -27,17 +28,28 @@ def tables(
     about_docs = questions.of_docs(docs, seed)
     about_problems = questions.of_problems(problems.generate(n_problems, seed))
     asked = about_docs + about_problems
-    found: dict[str, Iterable[Row]] = {
-        "corpus": _corpus(origin, docs, reference),
+    found: dict[str, Iterable[Row]] = {"corpus": _corpus(origin, docs, reference), **_asked(origin, asked, seed)}
+    found["eval"] = _eval(origin, docs, seed)
+    return found, {"objects": float(len(docs)), "modules.failed": float(failed)}
+
+
+def problem_tables(seed: int, n_problems: int, lang: str | None) -> dict[str, Iterable[Row]]:
+    """Generated problems alone, in one language or in both."""
+    langs = problems.LANGS if lang is None else (lang,)
+    if lang not in (None, *problems.LANGS):
+        raise ForjaError(f"ingest.sources: problems are made in {' and '.join(problems.LANGS)}, not in {lang!r}")
+    return _asked(GENERATED, questions.of_problems(problems.generate(n_problems, seed, langs)), seed)
+
+
+def _asked(origin: Origin, asked: list[questions.Question], seed: int) -> dict[str, Iterable[Row]]:
+    return {
         "instructions": (_row(origin, q, "instruction", messages=q.messages + q.answer) for q in asked),
         "preferences": (
             _row(origin, q, "preference", messages=q.messages, chosen=q.first, rejected=rejected, kind=kind)
             for q, kind, rejected in questions.preferences(asked, seed)
         ),
         "prompts": (_row(origin, q, "prompt", messages=q.messages) for q in _one_an_object(asked, seed)),
-        "eval": _eval(origin, docs, seed),
     }
-    return found, {"objects": float(len(docs)), "modules.failed": float(failed)}
 
 
 def _corpus(origin: Origin, docs: list[Doc], reference: dict[str, str]) -> Iterator[Row]:

@@ -297,3 +297,17 @@ def test_names_that_are_no_utf8_or_hold_brackets(tmp_path: Path) -> None:
     wanted = ["mine/a b.jsonl", "mine/ñ [b] \n.jsonl", "mine/\\udcff.jsonl"]
     assert [r["line"] for r in read(data, "corpus")] == [f"{name}:1" for name in wanted]
     assert [r["file"] for r in turned_away(data)] == wanted
+
+
+def test_problems_are_a_source_of_their_own_in_one_language(tmp_path: Path) -> None:
+    cfg = {**OPEN, **PYTHON, "sources": [{"source": "problems", "lang": "es"}], "problems": 60}
+    ingest(Config.model_validate(cfg), tmp_path / "out", silent)
+    for table in ("instructions", "preferences", "prompts"):
+        rows = read(tmp_path / "out", table)
+        assert len(rows) > 15 and {row["lang"] for row in rows} == {"es"}
+        assert {row["source"] for row in rows} == {"generated"}
+    assert not read(tmp_path / "out", "corpus")
+    with pytest.raises(ForjaError, match="en and es, not in 'fr'"):
+        ingest(
+            Config.model_validate(cfg | {"sources": [{"source": "problems", "lang": "fr"}]}), tmp_path / "no", silent
+        )
