@@ -15,6 +15,7 @@ def speak(root: Path, prompt: str, folder: Path | None, lang: str, raw: bool, **
     `options` are those of components/model/generate.py. Raises ForjaError before the first piece for a user's mistake.
     """
     from components.data import chat
+    from components.model.checkpoint import marks_of
     from components.model.generate import stream
     from components.release.quantize import load
 
@@ -26,17 +27,22 @@ def speak(root: Path, prompt: str, folder: Path | None, lang: str, raw: bool, **
     model, tokenizer, prompts = load(folder)
     raw = raw or not prompts  # a base model has no templates
     if raw:
-        ids = chat.encode_text(tokenizer, prompt)
+        start, ends = marks_of(folder, tokenizer)
+        ids = [*([] if start is None else [start]), *chat.encode_text(tokenizer, prompt)]
+        stop = ends[0] if ends else model.config.vocab_size  # a model without an end is stopped by nothing
     elif lang in prompts:
         ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": prompt}], prompts[lang])
+        stop = chat.special(tokenizer, chat.END)
     else:
         raise ForjaError(f"--lang {lang}: {folder} has no such template; one of {', '.join(sorted(prompts))}")
-    stop = chat.special(tokenizer, chat.SEPARATOR if raw else chat.END)
     # A tool call shows as `<|call|>{...}`; the other marks do not show.
     hidden = {tokenizer.token_to_id(name) for name in chat.SPECIAL if raw or name != chat.CALL}
+    before = ids if raw else []  # some tokenizers drop a space that a text begins with: here it is in the middle of one
+    known = len(tokenizer.decode(before))
 
     def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode([i for i in tokens if i not in hidden], skip_special_tokens=raw))
+        shown = [*before, *(i for i in tokens if i not in hidden)]
+        return str(tokenizer.decode(shown, skip_special_tokens=raw))[known:]
 
     pieces = (t.text for t in stream(model, [ids], stop=stop, decode=decode, alone=True, **options))
     yield from pieces if raw else stripped(pieces)
