@@ -2,7 +2,7 @@
 
 What a recipe says (learning rate, batch, precision) is `Optim`. What the machine has is not identity and comes from the
 environment: FORJA_DEVICE (cpu, cuda), FORJA_MICRO_BATCH, FORJA_ZERO (stage 0 to 3), FORJA_OFFLOAD_OPTIMIZER and
-FORJA_OFFLOAD_PARAMS (cpu, or a folder on a fast disk), FORJA_RECOMPUTE and FORJA_COMPILE (1), and a launcher's RANK and
+FORJA_OFFLOAD_PARAMS (cpu), FORJA_RECOMPUTE and FORJA_COMPILE (1), and a launcher's RANK and
 WORLD_SIZE.
 """
 
@@ -10,7 +10,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ from components.model.scratch import Piece, Shards
 from components.world import from_slurm, world
 
 STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"step", "m", "v", "momentum"}}
-logger = logging.getLogger("forja")
 
 
 class Place(NamedTuple):
@@ -265,13 +263,11 @@ def _offload(zero: int) -> dict[str, Any]:
     for what, key, least in (("OPTIMIZER", "offload_optimizer", 1), ("PARAMS", "offload_param", 3)):
         name = f"FORJA_OFFLOAD_{what}"
         if where := os.environ.get(name):
-            needs = least if where == "cpu" else 3
-            if zero < needs:
-                raise ForjaError(f"{name}={where}: needs FORJA_ZERO={needs}{' or more' if needs < 3 else ''}")
-            out[key] = {"device": "cpu"} if where == "cpu" else {"device": "nvme", "nvme_path": str(Path(where))}
-            out[key]["pin_memory"] = device().type == "cuda"
             if where != "cpu":
-                logger.warning("%s=%s: DeepSpeed compiles its disk operator at the first use", name, where)
+                raise ForjaError(f"{name}={where}: what lies on a disk cannot be saved and resumed yet; set it to cpu")
+            if zero < least:
+                raise ForjaError(f"{name}=cpu: needs FORJA_ZERO={least}{' or more' if least < 3 else ''}")
+            out[key] = {"device": "cpu", "pin_memory": device().type == "cuda"}
     return out
 
 

@@ -82,6 +82,47 @@ def test_deepspeed_is_a_plain_loop(zero: str, micro: str, tiny: GPTConfig, monke
     assert [norm for _, norm in got] == pytest.approx([norm for _, norm in want], rel=1e-3)
 
 
+@pytest.mark.parametrize(("zero", "params"), [("1", ""), ("2", ""), ("3", ""), ("3", "cpu")])
+def test_offloaded_to_the_cpu_it_is_the_same(
+    zero: str, params: str, tiny: GPTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORJA_ZERO", zero)
+    monkeypatch.setenv("FORJA_OFFLOAD_OPTIMIZER", "cpu")
+    monkeypatch.setenv("FORJA_OFFLOAD_PARAMS", params)
+    want = plain(tiny, 6)
+    torch.manual_seed(0)
+    trained = Engine(GPT(tiny), OPTIM, 8)
+    got = steps(trained, 0, 3)
+    with Saver(tmp_path, {"model": trained}) as saver:
+        saver.save(3, {})
+    again = Engine(GPT(tiny), OPTIM, 8)
+    assert Saver(tmp_path, {"model": again}).resume() == {"step": 3}
+    got += steps(again, 3, 6)
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in want], abs=1e-5)
+    assert [norm for _, norm in got] == pytest.approx([norm for _, norm in want], rel=1e-3)
+
+
+def test_what_cannot_be_had_is_said(tiny: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(said: str, **environment: str) -> None:
+        with monkeypatch.context() as patch, pytest.raises(ForjaError, match=said):
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            Engine(GPT(tiny), OPTIM, 8)
+
+    refused("FORJA_OFFLOAD_PARAMS=cpu: needs FORJA_ZERO=3", FORJA_OFFLOAD_PARAMS="cpu", FORJA_ZERO="2")
+    refused("FORJA_OFFLOAD_OPTIMIZER=/disk: .* set it to cpu", FORJA_OFFLOAD_OPTIMIZER="/disk", FORJA_ZERO="3")
+    refused("not together with FORJA_ZERO=3", FORJA_COMPILE="1", FORJA_ZERO="3")
+
+
+def test_recomputing_changes_no_bit(tiny: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    kept = steps(Engine(GPT(tiny), OPTIM, 8), 0, 4)
+    monkeypatch.setenv("FORJA_RECOMPUTE", "1")
+    torch.manual_seed(0)
+    trained = Engine(GPT(tiny), OPTIM, 8)
+    assert trained.model.recompute and steps(trained, 0, 4) == kept
+
+
 @pytest.mark.parametrize(
     ("change", "zero"),
     [
@@ -136,6 +177,22 @@ def test_schedule_by_hand() -> None:
     """Two steps up, the full rate, and from step 5 of 10 down to a tenth: 1 -> 0.1 + 0.9 * left / 5."""
     assert [schedule(OPTIM, s, 10) for s in (0, 1, 4, 5, 7, 10)] == pytest.approx([0.5, 1, 1, 1, 0.64, 0.1])
     assert schedule(OPTIM.model_copy(update={"decay": 0.0, "warmup": 0}), 9, 10) == 1.0
+    """Cosine: after two steps up, a quarter of the way down at step 4 (cos 45 degrees), half at 6, a tenth at 10."""
+    cosine = OPTIM.model_copy(update={"schedule": "cosine"})
+    want = [0.5, 1, 1, 0.1 + 0.9 * (1 + 0.5**0.5) / 2, 0.55, 0.1]
+    assert [schedule(cosine, s, 10) for s in (0, 1, 2, 4, 6, 10)] == pytest.approx(want)
+
+
+def test_the_average_follows_the_weights(tiny: GPTConfig) -> None:
+    """Against a plain loop over what the weights were after each step: decay min(0.9, (1 + t) / (10 + t))."""
+    torch.manual_seed(0)
+    trained = Engine(GPT(tiny), OPTIM.model_copy(update={"ema": 0.9}), 8)
+    average = trained.model.norm.weight.detach().clone()
+    for t in range(1, 6):
+        steps(trained, t, t + 1)
+        decay = min(0.9, (1 + t) / (10 + t))
+        average = decay * average + (1 - decay) * trained.model.norm.weight.detach()
+    torch.testing.assert_close(trained.finished().norm.weight.detach(), average)
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
