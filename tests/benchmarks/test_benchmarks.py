@@ -22,6 +22,7 @@ LINES = {
         "rounds",
     },
     "generate": {"ratio", "recompute"},
+    "encode": {"ratio", "mb_per_cpu_s", "packing"},
     "shakespeare --part a": SHAKESPEARE | {"ratio_fastest_tenth", "plain_nats", "plain_steps", "plain_seconds"},
     "shakespeare --part b": SHAKESPEARE,
 }
