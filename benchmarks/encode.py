@@ -97,7 +97,11 @@ def main() -> None:
     found = {str(vocab): encoding(texts, vocab, rounds, parts) for vocab in vocabularies}
     ratio = min(part["ratio"] for by_part in found.values() for part in by_part.values())
     packed = [packing(1000 if args.smoke else 1_000_000, context) for context in (2048, 8192)]
-    print(json.dumps({"ratio": ratio, "mb_per_cpu_s": found, "packing": packed}))
+    print(
+        json.dumps(
+            {"benchmark": "encode", "smoke": args.smoke, "ratio": ratio, "mb_per_cpu_s": found, "packing": packed}
+        )
+    )
 
 
 if __name__ == "__main__":

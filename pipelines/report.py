@@ -173,8 +173,11 @@ def funnel(root: Path) -> Section:
     docs = "artifacts/validate/docs/index.html"
     if not (root / docs).is_file():
         gaps.append(f"{docs}: not made yet; run `forja run`")
+    tokens = read(root, "artifacts/tokenize/metrics.json", Numbers, gaps) or {}
+    by_lang = {key.removeprefix("bytes_per_token."): value for key, value in tokens.items() if "token." in key}
     return {
         "tables": tables,
+        "bytes_per_token": dict(sorted(by_lang.items())),
         "sources": sources.total(t.sources for t in tables.values()),
         "licences": sources.total(t.licences for t in tables.values()),
         "docs": docs if (root / docs).is_file() else None,

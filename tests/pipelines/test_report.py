@@ -57,6 +57,9 @@ def fill(stage: str, folder: Path) -> None:
         (folder / "funnel.json").write_text(to_json({name: table for name in names}))
         (folder / "docs").mkdir()
         (folder / "docs/index.html").write_text("<!doctype html><title>docs</title>")
+    if stage == "tokenize":
+        per_token = {"bytes_per_token": 2.9, "bytes_per_token.en": 2.95, "bytes_per_token.es": 2.25}
+        (folder / "metrics.json").write_text(to_json(per_token))
     if stage == "pretrain":
         rows(folder / "curves.jsonl", supervised(600, 6.9, 2.1))
         rows(folder / "samples.jsonl", [{"prompt": "The json module", "text": " reads and writes the data."}])
@@ -204,6 +207,7 @@ def test_whole_run(checkout: Path) -> None:
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
     assert "12 contaminated; 100 duplicate" in section(checkout, "data")
     assert "34,500" in section(checkout, "data")  # five tables of 6,900 kept rows under one licence
+    assert "by language: en 2.95, es 2.25." in section(checkout, "data")
     quality = section(checkout, "quality")
     assert "0.36 to 0.47, n = 300" in quality
     assert (
