@@ -6,7 +6,7 @@ from typing import NamedTuple, Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from components.model.decode import Decoder, Graph
+from components.model.decode import BLOCK, Decoder, Graph
 from components.model.gpt import GPT, KVCache
 from components.model.losses import pad_right
 from components.model.parallel import divided
@@ -132,6 +132,9 @@ class Batch:
         self.lengths = torch.tensor([len(p) for p in prompts], device=device)
         self.ragged = bool((self.lengths != self.lengths[0]).any())
         ids = pad_right(prompts, 0, device)
+        if isinstance(reader, Decoder):  # few queries would take another kernel, which rounds otherwise
+            whole = min(-(-ids.shape[1] // BLOCK) * BLOCK, reader.config.context)
+            ids = torch.nn.functional.pad(ids, (0, whole - ids.shape[1]))
         self.cache = _cache(reader, len(prompts), ids.shape[1] + new)
         self.logits = self._read(ids)
         self.seen: Tensor | None = None
@@ -151,6 +154,7 @@ class Batch:
             found = hidden[rows, (last - start).clamp(0, hidden.shape[1] - 1)]
             ends = torch.where((last >= start)[:, None], found, ends) if start else found
         self.cache.last = ids[rows, last, None]
+        self.cache.filled = int(last.max()) + 1
         return self.reader.logits(ends)
 
     def step(self, tokens: Tensor, going: list[bool]) -> None:

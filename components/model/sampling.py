@@ -83,4 +83,4 @@ def chosen(logits: Tensor, noise: Tensor, seen: Tensor | None, how: Sampling) ->
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p [N] of one token a row, at temperature 1, before any penalty or filter."""
-    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)

@@ -92,7 +92,9 @@ def test_in_bfloat16_a_step_is_what_reading_the_whole_text_gives(which: str, req
 def test_a_request_alone_or_in_any_batch(which: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """The same tokens with the same log-probabilities, to the bit, wherever it stands and whatever ends beside it."""
     config: GPTConfig = request.getfixturevalue(which)
-    model = GPT(config.model_copy(update={"context": 64, "width": 48, "mlp_width": 192})).eval()
+    # bfloat16 holds at this width; at 384 a last bit was seen to differ, so no more is promised for it.
+    width = 384 if dtype == torch.float32 else 48
+    model = GPT(config.model_copy(update={"context": 64, "width": width, "mlp_width": 4 * width})).eval()
     many = [[i % 40 for i in range(k, k + n)] for k, n in enumerate((3, 17, 1, 30, 16, 3, 8, 2, 11, 40))]
     seeds = [100 + i for i in range(len(many))]
 
@@ -237,10 +239,10 @@ def test_streaming_does_only_what_is_asked_for(tiny: GPTConfig) -> None:
     decoder.hidden = lambda ids, **k: read.append(ids.numel()) or inner(ids, **k)  # type: ignore[method-assign,func-returns-value]
     tokens = stream(decoder, [[1, 2, 3]], max_new_tokens=5, stop=-1)
     next(tokens)
-    assert read == [3]
+    assert read == [16]  # the prompt, filled up to a block
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # nothing leaks to the reader
     next(tokens)
-    assert read == [3, 1]
+    assert read == [16, 1]
 
 
 def test_the_context_is_the_limit(tiny: GPTConfig) -> None:
