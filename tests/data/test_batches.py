@@ -31,6 +31,16 @@ def test_windows_are_pieces_of_the_shard(tmp_path: Path) -> None:
     assert windows(shard, 10, 5, 2, 3)[0].tolist() == epoch[6].tolist()
 
 
+def test_a_far_step_reads_nothing_before_it(tmp_path: Path) -> None:
+    shard = tmp_path / "train.npy"
+    np.save(shard, np.arange(100, dtype=np.uint16))
+    for i, got in enumerate(windows(shard, 10, 5, 1_000_000, 3)):
+        epoch, index = divmod(3_000_000 + i, 8)
+        rng = np.random.Generator(np.random.Philox(key=5, counter=epoch))
+        start = int(rng.integers(10)) + 10 * int(rng.permutation(8)[index])
+        assert got.tolist() == list(range(start, start + 11))
+
+
 def test_a_shard_too_short_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", np.zeros(12, dtype=np.uint16))
     with pytest.raises(ForjaError, match=r"train.npy: 12 tokens are fewer than two windows of 10"):
