@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from components.data import shapes, tables
+from components.data.language import UNKNOWN, identify
 from components.data.mix import POLICY, Will
 from components.data.readers import SPLITS, Part, Record, kind_of, records
 from components.data.sources import hashed, split_of
@@ -26,6 +27,7 @@ from components.data.strict import Unfit
 
 SAMPLE = 64  # records by which a file's shape is told,
 SAMPLE_BYTES = 1 << 22  # or as many as are in so many bytes
+TEXTS, PARTS, LETTERS = 32, 8, 200  # records, their parts, and characters of each, by which its language is
 RAW = 2_000  # characters of a record that the quarantine shows
 SUBJECT = 200  # characters; a longer subject is named by its beginning and its hash
 BLOCK = 1 << 25  # bytes of a large file that are one piece of work
@@ -137,8 +139,8 @@ def work(jobs: list[Job], origin: Origin, out: Path) -> Tally:
     with Out(out) as files:
         for job in jobs:
             found = records(job.path, job.name, job.part)
-            first, sample = (found, None) if origin.shape else sampled(found)
-            if job.part is not None and job.part.line > 1 and sample is not None:
+            first, sample = sampled(found)
+            if job.part is not None and job.part.line > 1:
                 _, sample = sampled(records(job.path, job.name))
             tally += convert(first, sample, origin, job.table, job.held, files)
     return tally
@@ -179,10 +181,12 @@ def sampled(found: Iterator[Record]) -> tuple[Iterator[Record], list[Any]]:
 
 
 def convert(
-    found: Iterator[Record], sample: list[Any] | None, origin: Origin, table: str | None, held: str | None, files: Out
+    found: Iterator[Record], sample: list[Any], origin: Origin, table: str | None, held: str | None, files: Out
 ) -> Tally:
-    """Write the rows of `found`. The shape is the recipe's, else that of the sample, else told record by record."""
+    """Write the rows of `found`. Shape and language are the recipe's, else those of the sample; where it has no shape,
+    it is told record by record."""
     shape, reason = origin.shape, ""
+    told = origin.lang or language_of(sample)
     if shape is None and sample:
         try:
             shape = shapes.detect(sample)
@@ -197,7 +201,7 @@ def convert(
         try:
             if record.reason is not None:
                 raise Unfit(record.reason)
-            name, made = _made(record, shape, reason, origin, table, held)
+            name, made = _made(record, shape, reason, origin, told, table, held)
         except Unfit as e:
             why = str(e)
             kind = why.partition(":")[0]
@@ -213,12 +217,12 @@ def convert(
 
 
 def _made(
-    record: Record, shape: str | None, reason: str, origin: Origin, table: str | None, held: str | None
+    record: Record, shape: str | None, reason: str, origin: Origin, told: str, table: str | None, held: str | None
 ) -> tuple[str, list[tuple[str, Row]]]:
     value = record.value
     place = f"{record.file}:{record.line}"
     own = value if type(value) is dict and not OWN.isdisjoint(value) else {}
-    common = _common(own, place, record, origin)
+    common = _common(own, place, record, origin, told)
     if away := origin.will.against(place, own, common["source"], common["licence"], common["id"]):
         raise _Away(away)
     if shape is None:
@@ -244,14 +248,14 @@ class _Away(Unfit):
     """Left out by the recipe's will."""
 
 
-def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
+def _common(own: Row, place: str, record: Record, origin: Origin, told: str) -> Row:
     """The fields that every row has, but for object and split."""
     row = {
         "id": place,
         "source": origin.label,
         "licence": origin.licence,
         "provenance": f"{record.file}, line {record.line}",
-        "lang": origin.lang or "en",
+        "lang": told,
         "line": place,
     }
     if not own:
@@ -271,6 +275,24 @@ def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
         said = _language(own["language"])
         row["lang"] = said if re.fullmatch("[a-z]{2}", said) else row["lang"]
     return row
+
+
+def language_of(sample: list[Any]) -> str:
+    """es where most of the sample's texts that have a language are Spanish, else en: prompts are in these two."""
+    texts = [text for value in sample[:TEXTS] if (text := " ".join(_texts(value, LETTERS)))]
+    if not texts:
+        return "en"
+    found = Counter(code for code, _ in identify(texts) if code != UNKNOWN)
+    return "es" if 2 * found["es"] > found.total() else "en"
+
+
+def _texts(value: Any, most: int) -> Iterator[str]:
+    """The beginnings of the texts in a value."""
+    if isinstance(value, str):
+        yield value[:most]
+    elif isinstance(value, dict | list):
+        for v in list(value.values() if isinstance(value, dict) else value)[:PARTS]:
+            yield from _texts(v, most)
 
 
 def _language(said: str) -> str:

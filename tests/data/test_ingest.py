@@ -311,3 +311,23 @@ def test_problems_are_a_source_of_their_own_in_one_language(tmp_path: Path) -> N
         ingest(
             Config.model_validate(cfg | {"sources": [{"source": "problems", "lang": "fr"}]}), tmp_path / "no", silent
         )
+
+
+def test_a_files_language_is_told_by_its_first_records(tmp_path: Path) -> None:
+    spanish = b'{"instruction": "Explica en una frase corta por que llueve.", "output": "Porque el vapor se enfria."}\n'
+    english = b'{"instruction": "Explain in one short sentence why it rains.", "output": "Because vapour cools."}\n'
+    files = {
+        "a.jsonl": spanish * 9 + english,
+        "b.jsonl": english * 9 + spanish,
+        "c.jsonl": spanish.replace(b"{", b'{"lang": "en", ', 1),
+        "d.jsonl": spanish.replace(b"{", b'{"language": "Spanish", ', 1) + english * 3,
+        "e.txt": b"7 + 5 = 12\n",
+    }
+    found: dict[str, set[str]] = {}
+    data = folder(tmp_path / "told", files)
+    for row in read(data, "instructions") + read(data, "corpus"):
+        found.setdefault(row["line"][5], set()).add(row["lang"])
+    assert found == {"a": {"es"}, "b": {"en"}, "c": {"en"}, "d": {"es", "en"}, "e": {"en"}}
+    data = folder(tmp_path / "said", files, lang="es")
+    assert {r["lang"] for r in read(data, "instructions") if "/c.jsonl" not in r["line"]} == {"es"}
+    assert {r["lang"] for r in read(data, "instructions") if "/c.jsonl" in r["line"]} == {"en"}
