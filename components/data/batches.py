@@ -11,10 +11,15 @@ from components.artifact import ForjaError
 Item = TypeVar("Item")
 
 
-@lru_cache(maxsize=8)
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The permutation [n] of an epoch, drawn from the counter-based generator Philox (Salmon et al. 2011)."""
-    return _kept(np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(n))
+    return np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(n)
+
+
+@lru_cache(maxsize=8)
+def kept_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The same, remembered: for tables of millions of rows."""
+    return _kept(order(seed, epoch, n))
 
 
 def _kept(permutation: np.ndarray) -> np.ndarray:
@@ -30,7 +35,7 @@ def pick(seed: int, step: int, batch: int, n: int) -> list[int]:
     out: list[int] = []
     while len(out) < batch:
         epoch, start = divmod(at + len(out), n)
-        out.extend(order(seed, epoch, n)[start : start + batch - len(out)].tolist())
+        out.extend(kept_order(seed, epoch, n)[start : start + batch - len(out)].tolist())
     return out
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from components.artifact import ForjaError
-from components.data.batches import order
+from components.data.batches import kept_order
 
 
 class Plan(NamedTuple):
@@ -110,7 +110,7 @@ def packed(plan: Plan, seed: int, step: int, batch: int) -> list[Window]:
     out = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(position, len(plan))
-        out.append(window(plan, tokens, int(order(seed, epoch, len(plan))[at])))
+        out.append(window(plan, tokens, int(kept_order(seed, epoch, len(plan))[at])))
     return out
 
 

@@ -85,7 +85,7 @@ def test_any_step_is_reached_without_the_ones_before(shard: Path, monkeypatch: p
     assert one_after_another[: len(plan)] != one_after_another[len(plan) : 2 * len(plan)]
     two_ranks = [packed(plan, 5, 7, 4)[rank::2] for rank in (0, 1)]
     assert sorted(w.targets.tolist() for part in two_ranks for w in part) == sorted(steps[7])
-    batches.order.cache_clear()
+    batches.kept_order.cache_clear()
     drawn = []
     draw = np.random.Generator
     monkeypatch.setattr(np.random, "Generator", lambda bits: drawn.append(bits) or draw(bits))
