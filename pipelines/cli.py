@@ -93,6 +93,18 @@ def diff(
     show(find_root(), old, new, as_json)
 
 
+@data.command()
+def audit(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs of any shape.")],
+    against: Annotated[list[str], typer.Option(help="A set that must not be trained on; may be repeated.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What is in data: rows, shapes, languages, duplicates, contamination, personal data, poison. Writes nothing."""
+    from pipelines.audit import show
+
+    show(paths, against, as_json)
+
+
 @app.command()
 def promote() -> None:
     """Look at the gates again and, if every one holds, make the quantized model champion."""

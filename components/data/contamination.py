@@ -272,16 +272,16 @@ def _batches(table: str, rows: Iterable[Row], chars: int = 1 << 18) -> Iterator[
         yield places, texts
 
 
-def held_texts(table: str, rows: Iterable[Row], whole: int, question: int) -> list[Held]:
+def held_texts(table: str, rows: Iterable[Row], whole: int, question: int, every: bool = False) -> list[Held]:
     """What must not be trained on of held-out rows. A question that several rows ask ("Which of these is true?")
-    counts with an answer only."""
+    counts with an answer only. With `every`, what users ask in dialogues is a question too, as in a set to test on."""
     found: list[Held] = []
     asked: list[Held] = []
     for row in rows:
         owner = row["id"]
         found += [Held(owner, text, whole, FREE) for text in _spoken(table, row)]
         found += [Held(owner, text, ANSWERED, FREE) for text in _answered(table, row)]
-        asked += [Held(owner, text, question, FREE_QUESTION) for text in _asked(table, row)]
+        asked += [Held(owner, text, question, FREE_QUESTION) for text in _asked(table, row, every)]
     times = Counter(" ".join(words(h.text)) for h in asked)
     return found + [h for h in asked if times[" ".join(words(h.text))] == 1]
 
@@ -302,9 +302,11 @@ def _spoken(table: str, row: Row) -> Iterator[str]:
         yield " ".join(m["content"] for m in row["messages"])
 
 
-def _asked(table: str, row: Row) -> Iterator[str]:
+def _asked(table: str, row: Row, every: bool) -> Iterator[str]:
     if table == "eval":
         yield row["question"]
+    elif every and table != "corpus":
+        yield from (m["content"] for m in row["messages"] if m["role"] == "user")
 
 
 def _answered(table: str, row: Row) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The language of texts, offline: fastText's small model of 176 languages (Joulin et al. 2016), which ships in a wheel."""
+"""The language of texts, offline: fastText's small model of 176 languages (Joulin et al. 2016), from a wheel."""
 
 from collections.abc import Sequence
 from functools import cache
