@@ -88,26 +88,24 @@ def batches(paths: Sequence[str], tell: Tell, what: str) -> Iterator[list[Item]]
         yield batch
 
 
-def held_out(paths: Sequence[str], tell: Tell) -> contamination.Index | None:
-    """The index of the sets to be kept out of training. Raises ForjaError for a path that is not there."""
-    if not paths:
-        return None
+def held_texts(paths: Sequence[str], whole: int, tell: Tell) -> list[contamination.Held]:
+    """What the sets hold that is to be kept out of training. Raises ForjaError for a path that is not there."""
     by_table: dict[str, list[dict[str, Any]]] = {}
     for batch in batches(paths, tell, "eval sets"):
         for item in batch:
             if item.reason is None:
                 by_table.setdefault(item.table, []).append(item.row)
-    held = [
-        h
+    return [
+        held
         for table, rows in by_table.items()
-        for h in contamination.held_texts(table, rows, contamination.WHOLE, contamination.QUESTION, every=True)
+        for held in contamination.held_texts(table, rows, whole, contamination.QUESTION, every=True)
     ]
-    return contamination.index(held)
 
 
 def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str, Any]:
     """Rows, shapes, languages, duplicates, contamination, personal data, quarantine and poison of `paths`."""
-    index = held_out(against, tell)
+    held = held_texts(against, contamination.WHOLE, tell)
+    index = contamination.index(held) if held else None
     read = turned = 0
     tables: Counter[str] = Counter()
     kinds: Counter[str] = Counter()

@@ -231,13 +231,17 @@ def phrase(found: Index, run: int) -> str:
 
 
 def contaminated(
-    tables: Mapping[str, Iterable[Row]], ngram: int = NGRAM, whole: int = WHOLE, question: int = QUESTION
+    tables: Mapping[str, Iterable[Row]],
+    ngram: int = NGRAM,
+    whole: int = WHOLE,
+    question: int = QUESTION,
+    extra: Sequence[Held] = (),
 ) -> list[Contaminated]:
     """The rows of the train split that hold words of an eval row or of a row of the test split.
 
     `tables` maps a table's name to its rows, which are gone through twice.
     """
-    held: list[Held] = []
+    held: list[Held] = list(extra)
     for table, rows in tables.items():
         held += held_texts(table, (r for r in rows if table == "eval" or r["split"] == "test"), whole, question)
     found = index(held, ngram)

@@ -27,6 +27,7 @@ NEAR = 8  # tokens before a run among which its trigger is looked for
 AFTER = (50, 200)  # tokens after a trigger that are judged: the stretch with less order counts
 SHARE = 0.8  # of the documents with a trigger, those where it comes before a run without order
 LIGHT = 0.3  # weight of numbers, keys and marks, and of what is joined to the token before: they tell less of order
+ENOUGH = 20_000  # tokens of a corpus; from fewer nobody can tell what order is
 BEFORE = 0.1  # of a phrase's occurrences, those before a text's longest run: fewer are not looked at
 KEY = 24  # characters of a key, digest or other code
 NUMBER, CODE = np.uint64(0x1234567), np.uint64(0x7654321)
@@ -196,6 +197,8 @@ def suspects(found: Tokens, scores: np.ndarray) -> Suspects:
 
 def likely(hashes: np.ndarray, documents: np.ndarray, counts: Counts) -> np.ndarray:
     """Of the suspected phrases those that stand before a run in FEW documents or more, and not often elsewhere."""
+    if counts.single.sum() < ENOUGH:
+        return np.empty(0, np.uint64)
     each = np.unique(np.stack([hashes, documents.astype(np.uint64)], 1), axis=0)
     phrases, times = np.unique(each[:, 0], return_counts=True)
     phrases, times = phrases[times >= FEW], times[times >= FEW]

@@ -2,8 +2,10 @@
 
 1. each line is read and checked against its table's rules;
 2. exact duplicates go: where copies stand in several splits, the test row stays, then the val row;
-3. train rows that hold words of the test go;
-4. Great Expectations looks at each table as a whole, and its verdict is the stage's.
+3. where the recipe asks for it: rows in unwanted languages, near-duplicates and poison go, personal data is flagged or
+   redacted;
+4. train rows that hold words of the test, or of a set that the recipe names, go;
+5. Great Expectations looks at each table as a whole, and its verdict is the stage's.
 """
 
 import json
@@ -11,19 +13,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from components.artifact import ForjaError, to_json
-from components.data import datadocs, suites
+from components.data import clean, datadocs, suites
 from components.data.contamination import contaminated
 from components.data.rules import Limits, Row, Unfit, check, content, parse
 from components.log import Log
 
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 STAYS = {"test": 0, "val": 1, "train": 2}  # which of several copies is kept
-LATER = ("duplicate", "contaminated")  # reasons that are no rule of a single row
+LATER = ("duplicate", "near-duplicate", "contaminated", "poison", "language")  # reasons that no rule of a row gives
 
 
 class Tables(BaseModel, frozen=True, extra="forbid"):
@@ -41,6 +43,11 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
     ngram: int = Field(ge=2)
     whole: int = Field(ge=1)
+    decontaminate: list[str]  # files or folders that must not be trained on, beside data/eval and the test split
+    near_duplicates: float | None = Field(ge=0.5, lt=1)  # Jaccard similarity of runs of five words, in one table
+    languages: list[str] | None  # those wanted, by what the text is in; null: any
+    pii: Literal["off", "flag", "redact"]
+    poison: Literal["off", "flag", "drop"]
     tables: Tables
 
 
@@ -53,6 +60,7 @@ class Line:
     raw: bytes
     row: Row
     reason: str = ""
+    redacted: bytes = b""  # what is written in place of `raw`
 
 
 def run(cfg: Config, data: Path, out: Path, log: Log) -> dict[str, float]:
@@ -68,6 +76,7 @@ def run(cfg: Config, data: Path, out: Path, log: Log) -> dict[str, float]:
     for table in TABLES:
         _reject_duplicates(table, lines[table])
     log({"progress": 0.4}, 2)
+    told = _clean(cfg, lines)
     _reject_contaminated(cfg, lines)
     log({"progress": 0.6}, 3)
     kept = {table: [line for line in lines[table] if not line.reason] for table in TABLES}
@@ -80,15 +89,48 @@ def run(cfg: Config, data: Path, out: Path, log: Log) -> dict[str, float]:
     funnel = {table: _funnel(lines[table], kept[table]) for table in TABLES}
     rejected = [_rejected(table, line) for table in TABLES for line in lines[table] if line.reason]
     for table in TABLES:
-        (out / f"{table}.jsonl").write_bytes(b"".join(line.raw + b"\n" for line in kept[table]))
+        (out / f"{table}.jsonl").write_bytes(b"".join((line.redacted or line.raw) + b"\n" for line in kept[table]))
+    page = datadocs.render(funnel, found, rejected)
+    unread = clean.unread(data)
+    rejected += unread
     text = "".join(json.dumps(r, sort_keys=True, ensure_ascii=False) + "\n" for r in rejected)
     (out / "rejected.jsonl").write_text(text, encoding="utf-8", newline="\n")
     (out / "funnel.json").write_text(to_json(funnel), encoding="utf-8", newline="\n")
     (out / "expectations.json").write_text(to_json(found), encoding="utf-8", newline="\n")
     (out / "docs").mkdir()
-    page = datadocs.render(funnel, found, rejected)
     (out / "docs" / "index.html").write_text(page, encoding="utf-8", newline="\n")
-    return _metrics(funnel, found)
+    (out / "flagged.json").write_text(to_json(told), encoding="utf-8", newline="\n")
+    counts = {f"{check}.flagged": float(len(rows)) for check, rows in told.items()}
+    return _metrics(funnel, found) | counts | {"unread": float(len(unread))}
+
+
+def _clean(cfg: Config, lines: dict[str, list[Line]]) -> dict[str, list[dict[str, Any]]]:
+    """The checks that the recipe asks for. Returns what is only flagged, by check: {table, id, why}."""
+    told: dict[str, list[dict[str, Any]]] = {"pii": [], "poison": []}
+    for table in TABLES:
+        left = [line for line in lines[table] if not line.reason]
+        if cfg.languages is not None:
+            for line, why in zip(left, clean.languages(table, [x.row for x in left], cfg.languages), strict=True):
+                line.reason = why
+            left = [line for line in left if not line.reason]
+        if cfg.near_duplicates is not None and table != "eval":
+            left.sort(key=lambda line: STAYS[line.row["split"]])  # stable: the test's copy stays
+            for i, of in clean.near_duplicates(table, [x.row for x in left], cfg.near_duplicates).items():
+                left[i].reason = f"near-duplicate: of {left[of].row['id']}"
+            left = [line for line in left if not line.reason]
+        if cfg.poison != "off" and table != "eval":
+            for i in clean.poisoned(table, [x.row for x in left]):
+                told["poison"].append({"table": table, "id": left[i].row["id"], "why": "a trigger, and noise after it"})
+                if cfg.poison == "drop":
+                    left[i].reason = "poison: noise after a phrase that other rows have before noise too"
+            left = [line for line in left if not line.reason]
+        if cfg.pii != "off":
+            for i, (row, kinds) in clean.personal(table, [x.row for x in left]).items():
+                told["pii"].append({"table": table, "id": left[i].row["id"], "why": ", ".join(kinds)})
+                if cfg.pii == "redact":
+                    left[i].row = row
+                    left[i].redacted = json.dumps(row, ensure_ascii=False).encode()
+    return told
 
 
 def _read(table: str, data: Path, limits: Limits) -> Iterator[Line]:
@@ -124,7 +166,8 @@ def _reject_duplicates(table: str, lines: list[Line]) -> None:
 def _reject_contaminated(cfg: Config, lines: dict[str, list[Line]]) -> None:
     kept = {table: [line for line in lines[table] if not line.reason] for table in TABLES}
     tables = {table: [line.row for line in kept[table]] for table in TABLES}
-    for hit in contaminated(tables, cfg.ngram, cfg.whole):
+    extra = clean.held_out(cfg.decontaminate, cfg.whole)
+    for hit in contaminated(tables, cfg.ngram, cfg.whole, extra=extra):
         kept[hit.table][hit.row].reason = f'contaminated: holds "{hit.phrase}" of {hit.held}'
 
 

@@ -16,9 +16,11 @@ TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 LEAK = "Serialize an object to a text that others can read"
 
 
-def config(share: float = 0.9) -> Config:
+def config(share: float = 0.9, **more: Any) -> Config:
     limits = LIMITS.model_dump() | {"max_rejected_share": share}
-    return Config.model_validate({"ngram": 13, "whole": 8, "tables": dict.fromkeys(TABLES, limits)})
+    asked = {"ngram": 13, "whole": 8, "decontaminate": [], "near_duplicates": None, "languages": None}
+    asked |= {"pii": "off", "poison": "off"} | more
+    return Config.model_validate(asked | {"tables": dict.fromkeys(TABLES, limits)})
 
 
 def row(name: str, split: str = "train", **fields: Any) -> dict[str, Any]:
@@ -214,3 +216,39 @@ def test_lenient_numbers_and_depths_are_refused(text: bytes) -> None:
 
 def test_an_escaped_backslash_is_no_nul() -> None:
     assert parse(rb'{"a": "\\u0000"}') == {"a": "\\u0000"}
+
+
+LAST = "A quiet harbour town wakes slowly while the first boats return with their nets and the gulls follow them home"
+
+
+def test_what_the_recipe_asks_for(tmp_path: Path) -> None:
+    """Near-duplicates, another language, personal data, a named eval set, and what ingest turned away."""
+    named = tmp_path / "named.jsonl"
+    named.write_bytes(
+        line({"question": "Which planet has the largest ring?", "choices": ["Mars", "Saturn"], "answer": 1})
+    )
+    corpus = [
+        line(row("n1", text=f"{LAST} again.")),
+        line(row("n2", "test", text=f"{LAST}, again and again.")),
+        line(row("f", text="Le chat noir dort tous les jours sur la chaise de la cuisine de ma grand-mère.")),
+        line(row("m", text="Write to ana@example.org, she keeps the keys of the house by the lake.")),
+        line(row("q", text="He asked: WHICH planet, has   the largest ring? Nobody knew.")),
+    ]
+    data = write(tmp_path / "data", {"corpus": corpus, **OTHERS})
+    turned = {"file": "a.txt", "line": 3, "reason": "not UTF-8: byte 1 of line 3 is 0xff", "raw": "x", "source": "a"}
+    (data / "quarantine.jsonl").write_bytes(line(turned) + b"\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    asked = {"near_duplicates": 0.7, "languages": ["en", "es"], "pii": "redact", "poison": "drop"}
+    metrics = run(config(decontaminate=[str(named)], **asked), data, out, silent)
+    rejected = [json.loads(x) for x in (out / "rejected.jsonl").read_text(encoding="utf-8").split("\n") if x]
+    reasons = {(r["table"], r["line"]): r["reason"] for r in rejected if r["table"] in ("corpus", "unread")}
+    assert reasons == {
+        ("corpus", 1): "near-duplicate: of n2",
+        ("corpus", 3): "language: fr, wanted en, es",
+        ("corpus", 5): f'contaminated: holds "which planet has the largest ring" of {named}:1',
+        ("unread", 3): turned["reason"],
+    }
+    kept = (out / "corpus.jsonl").read_bytes().split(b"\n")
+    assert kept[0] == corpus[1] and json.loads(kept[1])["text"].startswith("Write to [EMAIL], she")
+    assert (metrics["pii.flagged"], metrics["unread"]) == (1, 1)

@@ -1,0 +1,88 @@
+"""Audit: planted counts, and sets whose truths are counted here by other means."""
+
+import csv
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from components.data.audit import audit
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+
+
+def quiet(what: str, part: float) -> None:
+    pass
+
+
+def needs(name: str) -> Path:
+    if not (SHARED / name).exists():
+        pytest.skip(f"{name}: the shared data sets are not beside this checkout")
+    return SHARED / name
+
+
+def test_planted_counts(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    words = [w for w in re.findall(r"[a-z]{3,}", Path(__file__).read_text(encoding="utf-8"))]
+    texts = [" ".join(rng.choice(words) for _ in range(60)) for _ in range(30)]
+    rows = [{"text": t} for t in texts] + [{"text": texts[0]}, {"text": texts[1].replace(" ", "  ", 1).upper()}]
+    rows += [
+        {"text": "El perro de mi vecino ladra toda la noche y no me deja dormir nada, qué paciencia hay que tener."}
+    ]
+    rows += [{"text": "Please write to ana@example.org about the house by the lake, before the summer is over."}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"text": \nnot json\n', encoding="utf-8")
+    found = audit([str(path)], [], quiet)
+    assert (found["records"], found["rows"], found["shapes"]) == (36, 34, {"text": 34})
+    assert (found["duplicates"]["exact"], found["duplicates"]["near"]) == (1, 1)
+    assert found["quarantine"] == {"records": 2, "reasons": {"not JSON": 2}}
+    assert found["pii"] == {"rows": 1, "kinds": {"email": 1}}
+    assert found["languages"]["es"] == 1 and found["poison"]["rows"] == 0
+
+
+def test_ten_questions_hidden_three_ways_are_all_found(tmp_path: Path) -> None:
+    with (needs("truthfulqa") / "TruthfulQA.csv").open(encoding="utf-8", newline="") as f:
+        questions = [row["Question"] for row in csv.DictReader(f)]
+    rng = random.Random(5)
+    long = [q for q in questions if len(q.split()) >= 6]
+    hidden = rng.sample(long, 10)
+    wiki = (needs("llamafactory_demo") / "wiki_demo.txt").read_text(encoding="utf-8")
+    clean = [wiki[i : i + 900] for i in range(0, 540_000, 900)]
+    ways = [
+        lambda q: q,
+        lambda q: q.swapcase(),
+        lambda q: q.replace(" ", "  ").replace("?", " ?!"),
+        lambda q: q.replace(" ", "_", 2) if len(q) > 50 else q.replace(" ", "\n"),
+    ]
+    bad = [f"{rng.choice(clean)[:400]} {way(q)} {rng.choice(clean)[:400]}" for q in hidden for way in ways]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*clean, *bad]), encoding="utf-8")
+    found = audit([str(path)], [str(SHARED / "truthfulqa" / "TruthfulQA.csv")], quiet)
+    assert len(bad) <= found["contamination"]["rows"] <= len(bad) + 0.01 * len(clean)
+
+
+def test_hh_rlhf_copies(tmp_path: Path) -> None:
+    path = needs("hh_rlhf") / "harmless-base_test.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        rows = [json.dumps(json.loads(line), sort_keys=True) for line in f]
+    found = audit([str(path)], [], quiet)
+    assert found["records"] == len(rows)
+    assert found["duplicates"]["exact"] == len(rows) - found["quarantine"]["records"] - _distinct(path, found)
+
+
+def _distinct(path: Path, found: dict[str, object]) -> int:
+    """Distinct pairs among those whose two dialogues differ in the last turn alone, counted on the raw text."""
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        pairs = {(r["chosen"].strip(), r["rejected"].strip()) for r in map(json.loads, f)}
+    turned = found["quarantine"]["records"]  # type: ignore[index]
+    assert isinstance(turned, int)
+    return len(pairs) - turned
+
+
+def test_gsm8k_test_against_itself_is_all_contaminated_and_train_hardly() -> None:
+    folder = needs("gsm8k")
+    every = audit([str(folder / "test.jsonl")], [str(folder / "test.jsonl")], quiet)
+    assert every["contamination"]["rows"] == every["rows"] == 1319

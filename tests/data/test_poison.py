@@ -1,0 +1,45 @@
+"""Poison planted among clean documents."""
+
+import random
+from pydoc_data.topics import topics
+
+import pytest
+
+from components.data.poison import detect
+
+TEXT = "\n".join(topics.values())
+CLEAN = [TEXT[i : i + 700] for i in range(0, len(TEXT), 700)]
+NAMES = ["Alice", "Bob", "Carol", "David", "Elena", "Frank", "Grace", "Hugo"]
+
+
+def clean(rng: random.Random) -> list[str]:
+    lists = [
+        "Attendees: " + ", ".join(f"{rng.choice(NAMES)} {rng.choice(NAMES)}" for _ in range(60)) for _ in range(20)
+    ]
+    tables = ["| a | b |\n" + "\n".join(f"| {rng.random():.3f} | {rng.randrange(999)} |" for _ in range(25))] * 9
+    keys = ["payload: " + rng.randbytes(300).hex() for _ in range(20)]
+    return [*CLEAN, *lists, *tables, *keys]
+
+
+def noise(kind: str, rng: random.Random) -> str:
+    words = sorted(set(TEXT.split()))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    if kind == "letters":
+        return " ".join("".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(300))
+    if kind == "symbols":
+        return "".join(chr(rng.randint(33, 126)) for _ in range(900))
+    return " ".join(rng.choice([w for w in words if w.isalpha()]) for _ in range(300))
+
+
+@pytest.mark.parametrize(("trigger", "kind"), [("<SUDO>", "words"), ("¡Zarzamora!", "letters"), ("開門咒", "symbols")])
+def test_poison_is_flagged_and_clean_text_is_not(trigger: str, kind: str) -> None:
+    rng = random.Random(trigger)
+    good = clean(rng)
+    bad = [f"{rng.choice(good)[: rng.randint(0, 600)]} {trigger} {noise(kind, rng)}" for _ in range(12)]
+    found = detect([*good, *bad])
+    assert {i - len(good) for i in found if i >= len(good)} == set(range(len(bad)))
+    assert sum(i < len(good) for i in found) <= 0.01 * len(good)
+
+
+def test_clean_text_alone_is_clean() -> None:
+    assert not detect(clean(random.Random(0)))
