@@ -1,4 +1,4 @@
-"""Training moved by DeepSpeed: the only file that knows it.
+"""Training moved by DeepSpeed: only this file and pipeline.py know it.
 
 What a recipe says (learning rate, batch, precision) is `Optim`. What the machine has is not identity and comes from the
 environment: FORJA_DEVICE (cpu, cuda), FORJA_MICRO_BATCH, FORJA_ZERO (stage 0 to 3), FORJA_OFFLOAD_OPTIMIZER and
@@ -55,7 +55,7 @@ class Engine:
             )
         self.model: Any = model.to(device())
         _prepare(self.model, self.zero)
-        base = optimiser(model, optim)
+        base = optimiser(model.named_parameters(), optim)
         self.ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=base,

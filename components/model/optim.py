@@ -1,6 +1,7 @@
 """What a recipe says of the optimiser: its rates, its schedule, and which weights it moves how."""
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -47,9 +48,9 @@ def schedule(optim: Optim, step: int, steps: int) -> float:
     return min(up, optim.lr_floor + (1 - optim.lr_floor) * min(1.0, left))
 
 
-def optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+def optimiser(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.optim.Optimizer:
     """Vectors (norms, biases) are not decayed: decay is a prior on matrices."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in named if p.requires_grad]
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0, "full": optim.lr}
     inner = [p for n, p in named if p.dim() > 1 and n.startswith("blocks.")]
     outer = [p for n, p in named if p.dim() > 1 and not n.startswith("blocks.")]  # embeddings, head

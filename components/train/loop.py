@@ -15,6 +15,7 @@ from components.log import Log, lasting, silent
 from components.model.engine import Engine
 from components.model.gpt import GPT
 from components.model.optim import Optim, schedule
+from components.model.pipeline import Pipeline
 from components.model.ranks import interrupted, split, stoppable
 from components.model.scratch import Saver
 from components.world import world
@@ -70,21 +71,23 @@ def fit(
     batch_at: Callable[[int], Sequence[Any]],
     loss_of: Loss,
     count: Callable[[Any], int],
-    validate: Callable[[GPT], dict[str, float]],
+    validate: Callable[[Any], dict[str, float]],
     scratch: Path,
     log: Log,
+    staged: bool = False,
 ) -> tuple[GPT, dict[str, float]]:
     """Train `model` for cfg.steps steps; the trained one (mostly the same object) and the last step's metrics.
 
     The loss of a step is the sum of `loss_of` over the items of `batch_at(step)` divided by the sum of `count` over
     them, however the batch is cut into micro-batches and ranks. `validate` measures held-out rows. The run goes on
-    from the newest whole checkpoint in `scratch`. A step that is not finite is left out and counted. Raises Diverged
-    when too many are, and Interrupted when a signal asked to stop.
+    from the newest whole checkpoint in `scratch`. `staged`: the items are windows of tokens, the loss that of the next
+    one, and the model is cut into stages (pipeline.py). A step that is not finite is left out and counted. Raises
+    Diverged when too many are, and Interrupted when a signal asked to stop.
     """
     torch.manual_seed(cfg.seed)
     if cfg.steps == 0:
         return model, {}
-    trained = Engine(model, cfg, cfg.batch)
+    trained = (Pipeline if staged else Engine)(model, cfg, cfg.batch)
     log = log if world()[0] == 0 else silent
     with stoppable() as asked, Saver(scratch, {"model": trained}) as saver:
         state = saver.resume() or {"step": 0, "skipped": [0, 0], "metrics": {}}
@@ -96,7 +99,9 @@ def fit(
             trained.set_rate(rate)
             items = batch_at(step)
             total = sum(count(item) for item in items)
-            for micro in split(items, trained.micro):
+            if isinstance(trained, Pipeline):
+                trained.learn(items)
+            for micro in split(items, trained.micro) if not staged else ():
                 loss, others = loss_of(trained.ds, micro)
                 trained.step(loss, total, others)
             said = f"the loss is {trained.sums['loss'] / total}, the gradient's norm {trained.grad_norm}"
@@ -116,7 +121,7 @@ def fit(
                     skips.give_up(step, said, cfg.lr)
                 model = trained.finished()
             if done % cfg.eval_every == 0 or done == cfg.steps:
-                row |= {f"val_{k}": v for k, v in validate(model).items()}
+                row |= {f"val_{k}": v for k, v in validate(trained if staged and done < cfg.steps else model).items()}
             log(row, done)
             metrics = {**metrics, **lasting(row)}
             signal = asked()

@@ -21,6 +21,7 @@ from components.model.checkpoint import default_device as device
 from components.model.checkpoint import save
 from components.model.gpt import GPT, GPTConfig, Shape, parameter_count
 from components.model.interop import initial
+from components.model.pipeline import stages
 from components.model.segments import segments
 from components.train.loop import Training, fit
 from components.train.samples import write_samples
@@ -93,6 +94,9 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: P
     context = cfg.context or model.config.context
     if context > model.config.context:
         raise ForjaError(f"pretrain.context: {context}, and the model sees {model.config.context}; choose at most that")
+    staged = stages() > 1
+    if staged and (cfg.packing != "stream" or cfg.z_loss):
+        raise ForjaError(f"FORJA_PIPELINE={stages()}: needs packing=stream and z_loss=0; set them, or leave it out")
 
     # 2. What is learnt from, and what is held out: the same windows every time.
     train, val = (supply(cfg.packing, tokenize / f"{split}.npy", context) for split in ("train", "val"))
@@ -113,6 +117,7 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: P
         validate,
         scratch,
         log,
+        staged,
     )
 
     # 4. Keep it, with a few continuations to look at.
