@@ -128,14 +128,17 @@ def _register(root: Path, client: Any, name: str, parent: str | None, tags: dict
     from mlflow.exceptions import MlflowException
 
     mlflow.set_experiment(EXPERIMENT)
+    served = root / "artifacts" / "quantize" / SERVED
+    langs = json.loads((served / "prompts.json").read_bytes())
+    sampling = SAMPLING if SAMPLING["lang"] in langs else {**SAMPLING, "lang": min(langs)}
     under = {"mlflow.parentRunId": parent} if parent else {}
     with mlflow.start_run(run_name="promote", tags={**under, **tags, "forja.stage": "promote"}) as run:
         logged = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"model": str(root / "artifacts" / "quantize" / SERVED)},
+            artifacts={"model": str(served)},
             code_paths=[str(root / "components")],
-            input_example=(["What does json.dumps do?"], SAMPLING),
+            input_example=(["What does json.dumps do?"], sampling),
             pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED_TO_SERVE],
         )
     try:

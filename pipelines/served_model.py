@@ -20,7 +20,8 @@ class Assistant(PythonModel):
         from components.model.generate import generate
 
         model, tokenizer, prompts = self.checkpoint
-        wanted = {"lang": "en", "max_new_tokens": 64, "temperature": 0.0, "seed": 0, **(params or {})}
+        lang = "en" if "en" in prompts else min(prompts)
+        wanted = {"lang": lang, "max_new_tokens": 64, "temperature": 0.0, "seed": 0, **(params or {})}
         turns = [{"messages": [{"role": "user", "content": text}], "lang": wanted["lang"]} for text in model_input]
         ids = [encode_prompt(tokenizer, turn["messages"], prompts[turn["lang"]]) for turn in turns]
         new = generate(
