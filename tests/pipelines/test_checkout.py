@@ -87,11 +87,13 @@ def test_an_interrupted_stream_ends_the_whole_tree(tmp_path: Path) -> None:
         raise Stop
 
     lines: list[str] = []
+    before = set(psutil.Process().children(recursive=True))  # other tests' helpers, such as a resource tracker
     script = "import subprocess, sys; print('up', flush=True); subprocess.run(['sleep', '60'])"
     with pytest.raises(Stop):
         stream([sys.executable, "-c", script], tmp_path, {}, lines.append, tick)
     for _ in range(100):
-        if not [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]:
+        now = set(psutil.Process().children(recursive=True)) - before
+        if not [c for c in now if c.status() != psutil.STATUS_ZOMBIE]:
             break
         time.sleep(0.05)
     else:

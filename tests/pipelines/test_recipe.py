@@ -111,7 +111,7 @@ def test_params_yaml_is_untouched_when_it_says_so_already(conf: Path) -> None:
 def test_the_recipes_of_this_checkout_are_whole(path: Path) -> None:
     params = compose(ROOT, path, [])
     assert isinstance(params["pretrain"]["model"], dict)
-    assert set(params["sft"]["prompts"]) >= {"en"}
+    assert params["sft"]["prompts"] and all(set(p) == {"user", "assistant"} for p in params["sft"]["prompts"].values())
     for section in ("prompts", "model"):
         with pytest.raises(ForjaError, match=f"no conf/{section}s?/nowhere.yaml"):
             stage = "sft" if section == "prompts" else "pretrain"
