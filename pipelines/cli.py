@@ -55,9 +55,11 @@ def use(recipe: Annotated[Path, typer.Argument(help="A recipe in conf/.")], set_
 @app.command()
 def stage(name: str) -> None:
     """Run one stage on the artifacts that lie here, as dvc.yaml calls it."""
+    from pipelines import ranks
     from pipelines.stages import run_stage
 
     run_stage(find_root(), name)
+    ranks.leave()
 
 
 @app.command()

@@ -55,6 +55,12 @@ def help_along(run: Callable[..., Any], cfg: Any, arguments: dict[str, Path]) ->
         run(cfg, **arguments, out=Path(nowhere), log=silent)
 
 
+def leave() -> None:
+    """Leave the ranks' group, where there is one: a rank that ends inside it may abort after all its work is done."""
+    if (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def failure_noted(diary: Path) -> Iterator[None]:
     """Leave the first rank's reason to fail where the launching process finds it, and say it only there."""
