@@ -1,6 +1,7 @@
 """DVC, seen from forja: the graph in dvc.yaml, what dvc.lock says, and its commands as child processes."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,15 @@ from pipelines.identity import SOURCES, STAGES, bytes_of, code_hashes
 
 DVC = [sys.executable, "-m", "dvc"]
 FORJA = [sys.executable, "-m", "pipelines.cli"]
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as DVC writes it: 1e-05 is a number, where PyYAML alone wants a point in it."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def allow_without_git(root: Path) -> None:

@@ -57,3 +57,9 @@ def test_stale_follows_the_graph(checkout: Path, fake: object) -> None:
     (checkout / "data.dvc").write_text("outs: [{md5: other.dir, path: data}]\n")
     assert stale_stages(checkout) == set(identity.STAGES)
     assert dvc.stale(checkout, params())["validate"] == ["input data changed"]
+
+
+def test_a_small_number_is_a_number(tmp_path: Path) -> None:
+    """DVC writes 1e-05 into dvc.lock where params.yaml says 1.0e-05: one value, and no reason to run a stage again."""
+    (tmp_path / "a.yaml").write_text("x: 1e-05\ny: 1.0e-05\nz: 1e5x\nhash: 12345e\n")
+    assert dvc.read_yaml(tmp_path / "a.yaml") == {"x": 1e-05, "y": 1e-05, "z": "1e5x", "hash": "12345e"}
