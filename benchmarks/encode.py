@@ -23,7 +23,7 @@ import numpy as np
 
 from components.data.chat import SEPARATOR, special
 from components.data.encode import Encoder
-from components.data.packing import best_fit, pieces
+from components.data.packing import best_fit, pieces, truncated
 from components.data.sources import chunks, topics
 from components.data.tokenize import train_bpe
 
@@ -74,14 +74,14 @@ def packing(documents: int, context: int) -> dict[str, float]:
     _, length = pieces(ends, context)
     _, windows = best_fit(length, context)
     seconds = time.perf_counter() - start
-    starts = ends - lengths
+    cut, cut_by_stream = truncated(ends, context)
     return {
         "documents": documents,
         "context": context,
         "seconds": round(seconds, 2),
         "waste": round(1 - float(length.sum()) / (windows * context), 6),
-        "truncated": round(float((lengths > context).mean()), 4),
-        "truncated_by_stream": round(float((starts // context != (ends - 1) // context).mean()), 4),
+        "truncated": round(cut, 4),
+        "truncated_by_stream": round(cut_by_stream, 4),
     }
 
 

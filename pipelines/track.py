@@ -20,9 +20,8 @@ from typing import Any
 from components.artifact import RECORD, ForjaError, Record, digest, read_record
 from pipelines import dvc
 from pipelines.checkout import home
-from pipelines.identity import STAGES
 from pipelines.server import answers
-from pipelines.stages import Row, diary_of, read_run, read_spool, update_run
+from pipelines.stages import Row, read_run, read_spool, update_run
 
 EXPERIMENT = "forja"
 SEND_EVERY = 3.0  # seconds
@@ -323,11 +322,3 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return {
         k: v for name, value in config.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else name).items()
     }
-
-
-def known_diary(root: Path, stage: str) -> Path | None:
-    """The diary of the result that lies in artifacts/, if the result is there."""
-    path = root / "artifacts" / stage / RECORD
-    if stage not in STAGES or not path.is_file():
-        return None
-    return diary_of(root, stage, json.loads(path.read_bytes())["fingerprint"])

@@ -129,8 +129,7 @@ def window(plan: Plan, tokens: np.ndarray, i: int) -> Window:
     return Window(ids, targets, [*lengths, plan.context - at] if at < plan.context else lengths)
 
 
-def truncated(plan: Plan, ends: np.ndarray) -> tuple[float, float]:
-    """The share of documents that are cut: by this plan, and by concatenating all and cutting at every window's end."""
+def truncated(ends: np.ndarray, context: int) -> tuple[float, float]:
+    """The share of documents that are cut: by best fit, and by concatenating all and cutting at every window's end."""
     starts = np.concatenate(([0], ends[:-1]))
-    cut = ends - starts > plan.context
-    return float(cut.mean()), float((starts // plan.context != (ends - 1) // plan.context).mean())
+    return float((ends - starts > context).mean()), float((starts // context != (ends - 1) // context).mean())

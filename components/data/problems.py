@@ -113,11 +113,6 @@ def dialogue(problem: Problem) -> list[dict[str, Any]]:
     return [question, call(problem.expression), {"role": "tool", "content": problem.result}, answer]
 
 
-def first_answer(problem: Problem) -> dict[str, Any]:
-    """What the assistant says right after the question: the answer itself, or the call."""
-    return dialogue(problem)[1]
-
-
 def _plain(rng: random.Random, lang: str, a: int, operator: str, b: int, direct: bool) -> Problem:
     value = {"+": Fraction(a + b), "-": Fraction(a - b), "*": Fraction(a * b), "/": Fraction(a, b)}[operator]
     expression = f"{a} {operator} {b}"

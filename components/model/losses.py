@@ -31,11 +31,6 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def next_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p(ids[:, t+1] | ids[:, :t+1]) as [B, T-1], from logits [B, T, V] of ids [B, T]."""
-    return picked_logprobs(logits[:, :-1], ids[:, 1:])
-
-
 def picked_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """log p of `targets` [...] under `logits` [..., V]; several times faster than cross_entropy on the CPU."""
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)

@@ -74,7 +74,7 @@ def test_small_sums_are_answered_and_others_call_the_calculator() -> None:
             assert max(int(n) for n in re.findall(r"\d+", problem.expression)) <= 10
         else:
             assert roles == ["user", "assistant", "tool", "assistant"]
-            called = problems.first_answer(problem)["tool_calls"][0]
+            called = problems.dialogue(problem)[1]["tool_calls"][0]
             assert called == {"name": "calculate", "arguments": {"expression": problem.expression}}
 
 
