@@ -7,6 +7,7 @@ steps that it took in `out`.
 
 import json
 import os
+import random
 import resource
 import signal
 import sys
@@ -54,6 +55,7 @@ def train(
     """Train on from what lies in `scratch`: the weights and the metrics that it ends with."""
     scratch.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
+    random.seed(5)  # a fork seeds it anew, and its state's digits would give every child's shards another size
     model = GPT(GPTConfig(**SHAPE | shape))
     held = torch.stack(batch(99))
 
