@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -55,7 +56,8 @@ def train(
     """Train on from what lies in `scratch`: the weights and the metrics that it ends with."""
     scratch.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
-    random.seed(5)  # a fork seeds it anew, and its state's digits would give every child's shards another size
+    random.seed(5)  # each child would draw these two anew, and their states' digits give each its own size of shard
+    np.random.seed(5)
     model = GPT(GPTConfig(**SHAPE | shape))
     held = torch.stack(batch(99))
 
