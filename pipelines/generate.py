@@ -14,7 +14,7 @@ def speak(root: Path, prompt: str, folder: Path | None, lang: str, raw: bool, **
 
     `options` are those of components/model/generate.py. Raises ForjaError before the first piece for a user's mistake.
     """
-    from components.data import chat
+    from components.data import chat, templates
     from components.model.checkpoint import marks_of
     from components.model.generate import stream
     from components.release.quantize import load
@@ -32,7 +32,7 @@ def speak(root: Path, prompt: str, folder: Path | None, lang: str, raw: bool, **
         stop = ends[0] if ends else model.config.vocab_size  # a model without an end is stopped by nothing
     elif lang in prompts:
         ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": prompt}], prompts[lang])
-        stop = chat.special(tokenizer, chat.END)
+        stop = templates.stop(tokenizer, prompts)
     else:
         raise ForjaError(f"--lang {lang}: {folder} has no such template; one of {', '.join(sorted(prompts))}")
     # A tool call shows as `<|call|>{...}`; the other marks do not show.

@@ -115,7 +115,10 @@ def _expand(root: Path, config: DictConfig) -> None:
         config.pretrain.model = named(root, "models", model, "pretrain.model")
     for name, section in config.items_ex(resolve=False):
         if isinstance(section, DictConfig) and OmegaConf.is_list(section.get("prompts")):
-            section.prompts = {lang: named(root, "prompts", lang, f"{name!s}.prompts") for lang in section.prompts}
+            files: dict[str, str] = {}
+            for entry in section.prompts:  # a language, whose file has its name, or {language: file}
+                files |= {entry: entry} if isinstance(entry, str) else {str(k): v for k, v in entry.items()}
+            section.prompts = {lang: named(root, "prompts", x, f"{name!s}.prompts") for lang, x in files.items()}
 
 
 def named(root: Path, kind: str, name: str, key: str) -> Any:

@@ -16,7 +16,8 @@ class Assistant(PythonModel):
         self.checkpoint = load(Path(context.artifacts["model"]))
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        from components.data.chat import END, answer_text, encode_prompt, special
+        from components.data.chat import answer_text, encode_prompt
+        from components.data.templates import stop
         from components.model.generate import generate
 
         model, tokenizer, prompts = self.checkpoint
@@ -28,7 +29,7 @@ class Assistant(PythonModel):
             model,
             ids,
             max_new_tokens=int(wanted["max_new_tokens"]),
-            stop=special(tokenizer, END),
+            stop=stop(tokenizer, prompts),
             temperature=float(wanted["temperature"]),
             seed=int(wanted["seed"]),
         )

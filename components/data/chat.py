@@ -4,18 +4,14 @@ Text is cut into tokens with the special tokens switched off: a user who types `
 mark. The marks are placed here alone, between pieces of text.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
 from components.artifact import ForjaError
+from components.data.templates import CALL, END, RESULT, SEPARATOR, Message, Part, Template, spans, split_marks
 
-SEPARATOR, END, CALL, RESULT = "<|endoftext|>", "<|end|>", "<|call|>", "<|result|>"
 SPECIAL = [SEPARATOR, END, CALL, RESULT]
-
-Message = Mapping[str, Any]
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -40,49 +36,62 @@ def special(tokenizer: Tokenizer, name: str) -> int:
     return int(found)
 
 
-def encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], prompts: Mapping[str, str]
-) -> tuple[list[int], list[bool]]:
-    """A conversation's tokens, and for each whether the assistant says it (its answers, calls and their <|end|>).
-
-    `prompts` holds the templates `user` (with {content}) and `assistant` (what stands before its turn).
-    """
+def encode(tokenizer: Tokenizer, messages: Sequence[Message], template: Template) -> tuple[list[int], list[bool]]:
+    """A conversation's tokens, and for each whether the assistant says it (its answers, calls and what ends them)."""
     ids: list[int] = []
     said: list[bool] = []
-
-    def add(piece: list[int], by_assistant: bool) -> None:
-        ids.extend(piece)
-        said.extend([by_assistant] * len(piece))
-
-    end = special(tokenizer, END)
-    for message in messages:
-        if message["role"] == "user":
-            add(encode_text(tokenizer, prompts["user"].replace("{content}", message["content"])), False)
-        elif message["role"] == "tool":
-            add([special(tokenizer, RESULT), *encode_text(tokenizer, message["content"]), end], False)
-        elif message["role"] == "assistant":
-            add(encode_text(tokenizer, prompts["assistant"]), False)
-            add([*_answer(tokenizer, message), end], True)
-        else:
-            raise ValueError(f"role {message['role']!r} is none of user, assistant, tool")
+    for span in spans(tokenizer, messages, template, ask=False):
+        piece = encode_parts(tokenizer, span.parts)
+        ids += piece
+        said += [span.said] * len(piece)
     return ids, said
 
 
-def _answer(tokenizer: Tokenizer, message: Message) -> list[int]:
-    ids = encode_text(tokenizer, " " + message["content"]) if message["content"] else []
-    for call in message.get("tool_calls", ()):
-        text = json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
-        ids += [special(tokenizer, CALL), *encode_text(tokenizer, text)]
-    return ids
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[Part]) -> list[int]:
+    """One text, cut at the marks of the template alone."""
+    ids: list[int] = []
+    text = ""
+    for part in parts:
+        for piece in split_marks(tokenizer, part.text) if part.own else [part.text]:
+            if isinstance(piece, str):
+                text += piece
+            else:
+                ids += [*encode_text(tokenizer, text), piece]
+                text = ""
+    return ids + encode_text(tokenizer, text)
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], prompts: Mapping[str, str]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], template: Template) -> list[int]:
     """The conversation so far, up to where the assistant begins to speak."""
-    return encode(tokenizer, messages, prompts)[0] + encode_text(tokenizer, prompts["assistant"])
+    asked = spans(tokenizer, messages, template, ask=True)
+    return [i for span in asked for i in encode_parts(tokenizer, span.parts)]
+
+
+def encode_within(
+    tokenizer: Tokenizer, messages: Sequence[Message], template: Template, room: int
+) -> tuple[list[int], list[bool]] | None:
+    """The same as `encode` in at most `room` tokens, cut from the left; None where the last answer does not fit.
+
+    The earliest exchanges go first, whole. Of the last one the beginning of the question goes, and the template's words
+    before it stay. What the assistant says is never cut.
+    """
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for start in starts:
+        ids, said = encode(tokenizer, messages[start:], template)
+        if len(ids) <= room:
+            return ids, said
+    if not starts:
+        return None
+    first = spans(tokenizer, messages[starts[-1] :], template, ask=False)[0].parts
+    question = next((i for i, part in enumerate(first) if not part.own), len(first))
+    head = encode_parts(tokenizer, first[:question])
+    words = len(encode_parts(tokenizer, first[: question + 1]))
+    cut = len(head) + len(ids) - room  # the tokens that the head is put in place of
+    return (head + ids[cut:], [False] * len(head) + said[cut:]) if cut < words else None
 
 
 def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """What the assistant said, up to its <|end|>; a tool call shows as `<|call|>{...}`."""
+    """What the assistant said, up to its <|end|>, where it has one; a tool call shows as `<|call|>{...}`."""
     end, call = special(tokenizer, END), special(tokenizer, CALL)
     ids = list(ids[: ids.index(end)]) if end in ids else list(ids)
     if call in ids:

@@ -16,11 +16,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from components.artifact import ForjaError, building, to_json, write_record
-from components.data.chat import END, RESULT, special, with_special
+from components.data.chat import with_special
 from components.data.hub import GENERATION, KEPT, SETTINGS
+from components.data.templates import ANSWER, TOOL, stop
 from components.model import checkpoint, hf, hf_config, llama2c
 from components.model.checkpoint import MARKS, PROMPTS, SHAPE, TOKENIZER, WEIGHTS, Marks
 from components.model.gpt import GPT, GPTConfig
+
+TEMPLATE = "template.json"  # beside a model that pretraining started from: the chat template that came with it
 
 
 class Foreign(NamedTuple):
@@ -122,7 +125,8 @@ def export_model(folder: Path, out: Path) -> str:
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     marks = checkpoint.marks_of(folder, tokenizer)
     prompts = json.loads((folder / PROMPTS).read_bytes()) if (folder / PROMPTS).is_file() else {}
-    ends = [special(tokenizer, END), *marks.ends] if prompts else list(marks.ends)
+    ends = [stop(tokenizer, prompts), *marks.ends] if prompts else list(marks.ends)
+    ends = list(dict.fromkeys(ends))
     said |= {"bos_token_id": marks.start, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
     def tensor(name: str) -> Tensor:
@@ -172,19 +176,39 @@ def _settings(
 
 def chat_template(prompts: dict[str, str]) -> str:
     """A Jinja template that writes a conversation as components/data/chat.py encodes it."""
-    before, _, behind = prompts["user"].partition("{content}")
+    if "jinja" in prompts:
+        return prompts["jinja"]
     text = lambda t: json.dumps(t, ensure_ascii=False)  # noqa: E731
+
+    def around(template: str, first: str = "") -> str:
+        before, _, behind = template.partition("{content}")
+        return f"{{{{- {text(first + before)} + message['content'] + {text(behind)} }}}}"
+
     return (
         "{%- for message in messages %}{%- if message['role'] == 'user' %}"
-        f"{{{{- {text(before)} + message['content'] + {text(behind)} }}}}"
+        f"{around(prompts['user'])}"
         "{%- elif message['role'] == 'tool' %}"
-        f"{{{{- {text(RESULT)} + message['content'] + {text(END)} }}}}"
+        f"{around(prompts.get('tool', TOOL))}"
         "{%- elif message['role'] == 'assistant' and not message.get('tool_calls') %}"
-        f"{{{{- {text(prompts['assistant'] + ' ')} + message['content'] + {text(END)} }}}}"
+        f"{around(prompts.get('answer', ANSWER), prompts['assistant'])}"
         "{%- else %}{{- raise_exception('this template writes turns of user, assistant and tool, and no calls') }}"
         "{%- endif %}{%- endfor %}"
         f"{{%- if add_generation_prompt %}}{{{{- {text(prompts['assistant'])} }}}}{{%- endif %}}"
     )
+
+
+def own_template(source: Path) -> dict[str, str] | None:
+    """The chat template that lies in a model's folder, with its marks' names; None where there is none."""
+    settings = hf_config.read_json(source / SETTINGS) if (source / SETTINGS).is_file() else {}
+    apart = source / "chat_template.jinja"
+    text = apart.read_text(encoding="utf-8") if apart.is_file() else settings.get("chat_template")
+    if isinstance(text, list):  # several by name
+        text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(text, str):
+        return None
+    named = {key: settings.get(key) for key in ("bos_token", "eos_token")}
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {"jinja": text, **{key: value for key, value in named.items() if isinstance(value, str)}}
 
 
 def initial(source: Path, tokenizer: Path) -> GPT:

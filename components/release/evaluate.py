@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from components.artifact import to_json
-from components.data.chat import END, SEPARATOR, answer_text, encode_prompt, special
+from components.data.chat import SEPARATOR, answer_text, encode_prompt, special
 from components.data.contamination import contaminated
+from components.data.templates import stop
 from components.data.tokenize import rows as read_rows
 from components.log import Log
 from components.model.checkpoint import WEIGHTS, Checkpoint
@@ -199,7 +200,7 @@ def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, judge: Checkpoint, 
     won = [ours - theirs for ours, theirs in zip(rewards["ppo"], rewards["sft"], strict=True)]
     metrics = interval("ppo.gain", bootstrap_mean(won, cfg.bootstrap, cfg.seed), value="ppo.gain")
     metrics |= interval("ppo.kl", bootstrap_mean(drift, cfg.bootstrap, cfg.seed), value="ppo.kl")
-    end = special(policy.tokenizer, END)
+    end = stop(policy.tokenizer, policy.prompts)
     for name, values in rewards.items():
         metrics[f"{name}.reward"] = sum(values) / len(values)
         metrics[f"{name}.unfinished"] = sum(ids[-1] != end for ids in answers[name]) / len(asked)
@@ -250,7 +251,7 @@ def to_prompt(cfg: Config, checkpoint: Checkpoint, messages: Sequence[Row], lang
 
 
 def answer(cfg: Config, checkpoint: Checkpoint, asked: list[list[int]], temperature: float) -> list[list[int]]:
-    end = special(checkpoint.tokenizer, END)
+    end = stop(checkpoint.tokenizer, checkpoint.prompts)
     return generate(
         checkpoint.model, asked, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=temperature, seed=cfg.seed
     )

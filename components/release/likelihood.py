@@ -57,7 +57,7 @@ def xz_bits_per_byte(text: bytes) -> float:
 def choice_scores(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]], prompts: dict[str, Any]) -> list[list[float]]:
     """For each row its choices' log-likelihoods in nats per UTF-8 byte of the choice, given the question as a prompt.
 
-    Per byte, so that neither a short choice nor a tokenizer is favoured; the <|end|> is not counted. Dialogues longer
+    Per byte, so that neither a short choice nor a tokenizer is favoured; what ends it is not counted. Dialogues longer
     than the context lose tokens at their beginning.
     """
     model, tokenizer, _ = checkpoint
@@ -67,7 +67,8 @@ def choice_scores(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]], prompt
         for choice in row["choices"]:
             answer = {"role": "assistant", "content": choice}
             ids, said = encode(tokenizer, [question, answer], prompts[row["lang"]])
-            ids, said = ids[:-1][-model.config.context :], said[:-1][-model.config.context :]
+            end = max(i for i, by_assistant in enumerate(said) if by_assistant)
+            ids, said = ids[:end][-model.config.context :], said[:end][-model.config.context :]
             sequences.append(ids)
             counted.append(sum(said[1:]))
             sizes.append(len(choice.encode()))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from components.artifact import ForjaError
 from components.data.batches import order, pick
-from components.data.chat import END, SEPARATOR, encode_prompt, special
+from components.data.chat import SEPARATOR, encode_prompt, special
+from components.data.templates import stop
 from components.data.tokenize import rows
 from components.log import Log, lasting, silent
 from components.model.checkpoint import TOKENIZER, load, save
@@ -261,7 +262,7 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
     minibatch = cfg.batch // cfg.minibatches
     policy = Engine(policy_model, cfg, minibatch)
     value = Engine(value_model, cfg.model_copy(update={"lr": cfg.value_lr, "ema": None}), minibatch)
-    marks = special(tokenizer, SEPARATOR), special(tokenizer, END)
+    marks = special(tokenizer, SEPARATOR), stop(tokenizer, prompts)
 
     # 2. The prompts.
     table = questions(tokenizer, validate / "prompts.jsonl", prompts, reference.config.context - cfg.max_new_tokens)
@@ -316,5 +317,5 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
 
     # 7. The policy is what goes on.
     save(policy_model, out, sft / TOKENIZER, prompts)
-    write_samples(out, policy_model.eval(), tokenizer, heldout[: cfg.sample_rows])
+    write_samples(out, policy_model.eval(), tokenizer, heldout[: cfg.sample_rows], marks[1])
     return metrics | {"val_reward_before": before, "skipped": float(skips.total)}

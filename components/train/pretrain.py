@@ -12,15 +12,15 @@ from pydantic import Field, ValidationInfo, field_validator
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from components.artifact import ForjaError
+from components.artifact import ForjaError, to_json
 from components.data.batches import windows
-from components.data.chat import encode_text
+from components.data.chat import END, encode_text, special
 from components.data.packing import Window, pack, packed
 from components.log import Log
 from components.model.checkpoint import default_device as device
 from components.model.checkpoint import save
 from components.model.gpt import GPT, GPTConfig, Shape, parameter_count
-from components.model.interop import initial
+from components.model.interop import TEMPLATE, initial, own_template
 from components.model.pipeline import stages
 from components.model.segments import segments
 from components.train.loop import Training, fit
@@ -122,7 +122,10 @@ def run(cfg: Config, tokenize: Path, out: Path, scratch: Path, log: Log, init: P
 
     # 4. Keep it, with a few continuations to look at.
     save(model, out, tokenize / "tokenizer.json")
-    write_samples(out, model, tokenizer, [{"prompt": t, "ids": encode_text(tokenizer, t)} for t in cfg.samples])
+    if init is not None and (template := own_template(init)) is not None:
+        (out / TEMPLATE).write_text(to_json(template), encoding="utf-8")
+    asked = [{"prompt": t, "ids": encode_text(tokenizer, t)} for t in cfg.samples]
+    write_samples(out, model, tokenizer, asked, special(tokenizer, END))
     tokens = json.loads((tokenize / "tokens.json").read_bytes())["train"]["tokens"]
     return last | {
         "val_loss": validate(model.eval())["loss"],

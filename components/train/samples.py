@@ -7,14 +7,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from components.data.chat import END, answer_text, encode_prompt, special
+from components.data.chat import answer_text, encode_prompt
 from components.model.generate import generate
 from components.model.gpt import GPT
 
 
-def write_samples(out: Path, model: GPT, tokenizer: Tokenizer, items: Sequence[dict[str, Any]]) -> None:
+def write_samples(out: Path, model: GPT, tokenizer: Tokenizer, items: Sequence[dict[str, Any]], stop: int) -> None:
     """Greedy answers to `items` as out/samples.jsonl: each item's own keys with its `ids` replaced by `text`."""
-    answers = generate(model, [i["ids"] for i in items], max_new_tokens=64, stop=special(tokenizer, END))
+    answers = generate(model, [i["ids"] for i in items], max_new_tokens=64, stop=stop)
     with (out / "samples.jsonl").open("w", encoding="utf-8", newline="\n") as f:
         for item, ids in zip(items, answers, strict=True):
             row = {k: v for k, v in item.items() if k != "ids"} | {"text": answer_text(tokenizer, ids)}

@@ -1,27 +1,31 @@
 """Supervised fine-tuning: the model learns to answer; the loss is on what the assistant says, alone."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from components.artifact import ForjaError
 from components.data.batches import bucketed
 from components.data.chat import SEPARATOR, encode, special
+from components.data.templates import checked, stop
 from components.data.tokenize import rows
 from components.log import Log
 from components.model.checkpoint import TOKENIZER, load, save
 from components.model.checkpoint import default_device as device
 from components.model.gpt import GPT
+from components.model.interop import TEMPLATE
 from components.model.losses import by_length, pad_right
 from components.train.loop import Training, fit
 from components.train.samples import question_items, write_samples
 from components.train.zloss import nats_and_z
 
-Prompts = dict[str, dict[str, str]]
+Prompts = Annotated[dict[str, dict[str, str]], AfterValidator(checked)]
 Example = tuple[list[int], list[bool]]  # tokens, and which of them the assistant says
 
 
@@ -52,6 +56,17 @@ def examples(
     return out, len(table) - len(out)
 
 
+def with_own(prompts: Prompts, pretrain: Path) -> Prompts:
+    """The recipe's templates, with what came with the model in place of `own`."""
+    if not any(template.get("jinja") == "own" for template in prompts.values()):
+        return prompts
+    path = pretrain / TEMPLATE
+    if not path.is_file():
+        raise ForjaError(f"sft.prompts: own, and no chat template came with {pretrain}; name one of conf/prompts")
+    own = json.loads(path.read_bytes())
+    return {lang: own if template.get("jinja") == "own" else template for lang, template in prompts.items()}
+
+
 def answer_loss(
     model: nn.Module, items: Sequence[Example], pad: int, z: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,14 +84,16 @@ def run(cfg: Config, validate: Path, pretrain: Path, out: Path, scratch: Path, l
     model, tokenizer, _ = load(pretrain, device())
     pad = special(tokenizer, SEPARATOR)
     context = model.config.context
+    prompts = with_own(cfg.prompts, pretrain)
+    end = stop(tokenizer, prompts)
 
     # 2. Conversations as tokens, the assistant's own marked.
     path = validate / "instructions.jsonl"
     table: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for row in rows(path):
         table[row["split"]].append(row)
-    train, dropped = examples(tokenizer, table["train"], cfg.prompts, context, path)
-    heldout, _ = examples(tokenizer, table["val"][: cfg.val_rows], cfg.prompts, context, path)
+    train, dropped = examples(tokenizer, table["train"], prompts, context, path)
+    heldout, _ = examples(tokenizer, table["val"][: cfg.val_rows], prompts, context, path)
     if not train or not heldout:
         raise ForjaError(f"{path}: {len(train)} training and {len(heldout)} held-out rows; SFT needs both")
     lengths = [len(ids) for ids, _ in train]
@@ -101,9 +118,9 @@ def run(cfg: Config, validate: Path, pretrain: Path, out: Path, scratch: Path, l
     )
 
     # 4. Keep it, with a few held-out answers to look at.
-    save(model, out, pretrain / TOKENIZER, cfg.prompts)
-    items = question_items(tokenizer, table["val"][: cfg.sample_rows], cfg.prompts)
-    write_samples(out, model.eval(), tokenizer, items)
+    save(model, out, pretrain / TOKENIZER, prompts)
+    items = question_items(tokenizer, table["val"][: cfg.sample_rows], prompts)
+    write_samples(out, model.eval(), tokenizer, items, end)
     return last | {
         "val_loss": measure(model)["loss"],
         "val_loss_before": before,

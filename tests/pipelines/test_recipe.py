@@ -116,3 +116,15 @@ def test_the_recipes_of_this_checkout_are_whole(path: Path) -> None:
         with pytest.raises(ForjaError, match=f"no conf/{section}s?/nowhere.yaml"):
             stage = "sft" if section == "prompts" else "pretrain"
             compose(ROOT, path, [f"{stage}.{section}={'[nowhere]' if section == 'prompts' else 'nowhere'}"])
+
+
+def test_prompts_by_language_or_by_name() -> None:
+    """A name is a language and its file; {language: file} where the two differ."""
+    demo = compose(ROOT, Path("conf/demo.yaml"), [])["sft"]["prompts"]
+    assert sorted(demo) == ["en", "es"] and demo["es"]["assistant"] == "Respuesta:"
+    named = compose(ROOT, Path("conf/demo.yaml"), ["sft.prompts=[{en: chatml}, es]"])["sft"]["prompts"]
+    assert named["es"] == demo["es"] and named["en"]["assistant"] == "<|im_start|>assistant\n"
+    assert (
+        error(ROOT, "sft.prompts=[{en: chatmal}]")
+        == "sft.prompts: no conf/prompts/chatmal.yaml; one of chatml, en, es, own"
+    )

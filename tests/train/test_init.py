@@ -17,11 +17,12 @@ from test_resume import SHAPE, write_tables
 from components.artifact import ForjaError
 from components.data import tokenize
 from components.data.chat import SPECIAL, encode_text, special
+from components.data.templates import stop
 from components.log import silent
 from components.model.checkpoint import load, save, shapes_of
 from components.model.gpt import GPT, GPTConfig
 from components.model.interop import grown, import_model
-from components.train import pretrain
+from components.train import pretrain, sft
 
 
 def config(**changes: object) -> pretrain.Config:
@@ -126,3 +127,19 @@ def test_rows_that_a_padded_vocabulary_has_already_are_set(tmp_path: Path) -> No
         torch.testing.assert_close(rows[9], state[name][9])
         for i in (7, 8, 10, 11):
             torch.testing.assert_close(rows[i], mean)
+
+
+def test_sft_may_use_the_template_that_came_with_the_model(tmp_path: Path) -> None:
+    source = saved(random_model(CONFIGS["llama"]), tmp_path / "theirs")
+    text = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    (source / "chat_template.jinja").write_text(text)
+    out, _ = chain(tmp_path, source, steps=0, context=48)
+    cfg = RECIPES[sft].model_copy(update={"prompts": {"en": {"jinja": "own"}}, "steps": 1})
+    (tmp_path / "sft").mkdir()
+    sft.run(cfg, tmp_path / "validate", out, tmp_path / "sft", tmp_path / "scratch", silent)
+    _, cut, prompts = load(tmp_path / "sft", "cpu")
+    assert prompts == {"en": {"jinja": text, "bos_token": "<s>", "eos_token": "</s>"}}
+    assert stop(cut, prompts) == cut.token_to_id("</s>")
+    (out / "template.json").unlink()
+    with pytest.raises(ForjaError, match=r"sft\.prompts: own, and no chat template came with"):
+        sft.run(cfg, tmp_path / "validate", out, tmp_path / "sft", tmp_path / "scratch", silent)
