@@ -21,7 +21,7 @@ LINES = {
         "share_of_peak",
         "rounds",
     },
-    "generate": {"ratio", "recompute"},
+    "generate": {"ratio", "recompute-2"},
     "encode": {"ratio", "mb_per_cpu_s", "packing"},
     "shakespeare --part a": SHAKESPEARE | {"ratio_fastest_tenth", "plain_nats", "plain_steps", "plain_seconds"},
     "shakespeare --part b": SHAKESPEARE,
