@@ -29,7 +29,7 @@ from components.release.gates import Gate, check
 from components.release.likelihood import choice_scores, sequence_kl, text_bits_per_byte, xz_bits_per_byte
 from components.release.quality import ROUGE, bleu, rouge
 from components.release.quantize import load
-from components.release.stats import Interval, bootstrap_mean, wilson
+from components.stats import Interval, bootstrap_mean, wilson
 from components.train.reward import pairs, score
 
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from components.release.stats import Z95, bootstrap_mean, wilson
+from components.stats import Z95, bootstrap_mean, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(8, 10), (1, 3), (80.5, 100), (499, 500)])
