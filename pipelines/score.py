@@ -34,8 +34,7 @@ def score(root: Path, text: str, folder: Path | None, context: int | None) -> di
     """
     from components.data.chat import encode_text
     from components.model.checkpoint import marks_of
-    from components.model.losses import bits_per_byte
-    from components.release.likelihood import text_logprobs
+    from components.model.losses import bits_per_byte, text_logprobs
     from components.release.quantize import load
 
     if folder is None:

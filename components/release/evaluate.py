@@ -24,9 +24,10 @@ from components.data.tokenize import rows as read_rows
 from components.log import Log
 from components.model.checkpoint import WEIGHTS, Checkpoint
 from components.model.generate import generate
+from components.model.losses import text_bits_per_byte
 from components.release.bias import Template, differences
 from components.release.gates import Gate, check
-from components.release.likelihood import choice_scores, sequence_kl, text_bits_per_byte, xz_bits_per_byte
+from components.release.likelihood import choice_scores, sequence_kl, xz_bits_per_byte
 from components.release.quality import ROUGE, bleu, rouge
 from components.release.quantize import load
 from components.stats import Interval, bootstrap_mean, wilson

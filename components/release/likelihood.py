@@ -1,4 +1,4 @@
-"""What a model's probabilities say: bits per byte of a text, the likeliest of four choices, the drift from a reference.
+"""What a model's probabilities say: the likeliest of four choices, the drift from a reference; and what xz says.
 
 All sums are taken in float64 over float32 log-probabilities.
 """
@@ -7,46 +7,10 @@ import lzma
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from components.data.chat import SEPARATOR, encode, special
 from components.model.checkpoint import Checkpoint
 from components.model.gpt import GPT
-from components.model.losses import bits_per_byte, token_logprobs
-
-
-def windows(n: int, context: int) -> list[tuple[int, int, int]]:
-    """Cut n tokens into windows (start, end, first) that score the tokens first..end-1.
-
-    Each of the tokens 1..n-1 is scored once, and from the second window on with at least half a context before it.
-    """
-    half = context // 2
-    found, first = [], 1
-    while first < n:
-        start = max(0, first - half) if first > 1 else 0
-        end = min(n, start + context)
-        found.append((start, end, first))
-        first = end
-    return found
-
-
-def text_logprobs(model: GPT, tokens: Sequence[int], pad: int, context: int | None = None) -> Tensor:
-    """log p of the tokens 1..n-1 of a text of any length, each once, by windows of `context` (default: the model's)."""
-    cut = windows(len(tokens), context or model.config.context)
-    logprobs = token_logprobs(model, [tokens[start:end] for start, end, _ in cut], pad)
-    # logprobs[i][j] belongs to the window's token j + 1.
-    parts = [lp[first - start - 1 :] for lp, (start, _, first) in zip(logprobs, cut, strict=True)]
-    return torch.cat([torch.empty(0), *parts])
-
-
-def text_bits_per_byte(model: GPT, documents: Sequence[int], n_bytes: int, separator: int) -> float:
-    """Bits per byte of packed documents (tokens, `separator` behind each document) that are `n_bytes` long as text.
-
-    The separators are paid for: the model must say where a document ends as a compressor of the text must.
-    """
-    nats = -text_logprobs(model, [separator, *documents], separator).double().sum().item()
-    return bits_per_byte(nats, n_bytes)
+from components.model.losses import token_logprobs
 
 
 def xz_bits_per_byte(text: bytes) -> float:

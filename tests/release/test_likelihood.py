@@ -7,7 +7,8 @@ import torch
 
 from components.data.chat import SEPARATOR, encode_prompt, encode_text, special
 from components.model.checkpoint import Checkpoint
-from components.release.likelihood import choice_scores, sequence_kl, text_bits_per_byte, windows, xz_bits_per_byte
+from components.model.losses import text_bits_per_byte, windows
+from components.release.likelihood import choice_scores, sequence_kl, xz_bits_per_byte
 
 TEXT = "The answer to the question is in the answer. La respuesta está en la pregunta.\n\n" * 3
 
