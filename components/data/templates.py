@@ -54,6 +54,16 @@ def checked(prompts: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return prompts
 
 
+def template_of(prompts: Mapping[str, Template], row: Mapping[str, Any]) -> Template:
+    """The template of the row's language. Raises ForjaError where there is none."""
+    if row["lang"] not in prompts:
+        raise ForjaError(
+            f"row {row['id']} is in {row['lang']!r}, and the recipe's prompts are {sorted(prompts)}; "
+            f"add conf/prompts/{row['lang']}.yaml to sft.prompts"
+        )
+    return prompts[row["lang"]]
+
+
 def _marks(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern[str]]:
     """{text: id} of the tokenizer's special tokens, and the expression that finds them."""
     return _marks_of(tokenizer, tokenizer.get_vocab_size())

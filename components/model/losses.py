@@ -90,6 +90,7 @@ def text_bits_per_byte(model: GPT, documents: Sequence[int], n_bytes: int, separ
     return bits_per_byte(nats, n_bytes)
 
 
-def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Bradley-Terry: -log sigmoid(chosen - rejected), elementwise (Ouyang et al. 2022, eq. 1)."""
-    return -F.logsigmoid(chosen - rejected)
+def preference_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """Bradley-Terry: -log sigmoid(chosen - rejected - margin), elementwise (Ouyang et al. 2022, eq. 1; the margin, by
+    which the better answer should lead, as in Touvron et al. 2023, eq. 2)."""
+    return -F.logsigmoid(chosen - rejected - margin)

@@ -31,7 +31,7 @@ from components.release.likelihood import choice_scores, sequence_kl, xz_bits_pe
 from components.release.quality import ROUGE, bleu, rouge
 from components.release.quantize import load
 from components.stats import Interval, bootstrap_mean, wilson
-from components.train.reward import pairs, score
+from components.train.reward import Pair, items_of, score
 
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 
@@ -167,8 +167,9 @@ def preferences(cfg: Config, judge: Checkpoint, validate: Path) -> Found:
     kept: list[Row] = []
     sequences: list[list[int]] = []
     for row in pick(validate / "preferences.jsonl", cfg.preference_rows):
-        for pair in pairs(judge.tokenizer, [row], judge.prompts, judge.model.config.context):
-            sequences += pair
+        found, _ = items_of(judge.tokenizer, [row], judge.prompts, judge.model.config.context, long="cut")
+        if found and isinstance(found[0], Pair):
+            sequences += found[0][:2]
             kept.append({"part": "preference", "id": row["id"], "kind": row["kind"]})
     if not kept:
         return {}, []

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,8 @@ from components.model.gpt import GPT
 from components.model.optim import Optim, schedule
 from components.model.pipeline import Pipeline
 from components.model.ranks import interrupted, split, stoppable
-from components.model.scratch import Saver
+from components.model.scratch import Saved, Saver
+from components.train.best import Best
 from components.world import world
 
 # The sum of the loss over some items, and the sums of whatever else is measured on the way.
@@ -75,21 +76,25 @@ def fit(
     scratch: Path,
     log: Log,
     staged: bool = False,
+    keep: Literal["last", "best"] = "last",
 ) -> tuple[GPT, dict[str, float]]:
     """Train `model` for cfg.steps steps; the trained one (mostly the same object) and the last step's metrics.
 
     The loss of a step is the sum of `loss_of` over the items of `batch_at(step)` divided by the sum of `count` over
     them, however the batch is cut into micro-batches and ranks. `validate` measures held-out rows. The run goes on
     from the newest whole checkpoint in `scratch`. `staged`: the items are windows of tokens, the loss that of the next
-    one, and the model is cut into stages (pipeline.py). A step that is not finite is left out and counted. Raises
-    Diverged when too many are, and Interrupted when a signal asked to stop.
+    one, and the model is cut into stages (pipeline.py). `keep`: the weights of the last step, or of the one with the
+    lowest held-out `loss`. A step that is not finite is left out and counted. Raises Diverged when too many are, and
+    Interrupted when a signal asked to stop.
     """
     torch.manual_seed(cfg.seed)
     if cfg.steps == 0:
         return model, {}
     trained = (Pipeline if staged else Engine)(model, cfg, cfg.batch)
     log = log if world()[0] == 0 else silent
-    with stoppable() as asked, Saver(scratch, {"model": trained}) as saver:
+    best = Best(model) if keep == "best" else None
+    saved: dict[str, Saved] = {"model": trained} | ({} if best is None else {"best": best})
+    with stoppable() as asked, Saver(scratch, saved) as saver:
         state = saver.resume() or {"step": 0, "skipped": [0, 0], "metrics": {}}
         skips, metrics = Skips(*state["skipped"]), state["metrics"]
         started, seen = time.perf_counter(), 0
@@ -122,6 +127,8 @@ def fit(
                 model = trained.finished()
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 row |= {f"val_{k}": v for k, v in validate(trained if staged and done < cfg.steps else model).items()}
+                if best is not None:
+                    best.note(row["val_loss"], done)
             log(row, done)
             metrics = {**metrics, **lasting(row)}
             signal = asked()
@@ -130,4 +137,7 @@ def fit(
             if done < cfg.steps and signal:
                 saver.join()
                 raise interrupted(signal, done, cfg.steps)
+    if best is not None:
+        best.put_back()
+        metrics = {**metrics, "best_step": float(best.step)}
     return model, metrics | {"skipped": float(skips.total)}

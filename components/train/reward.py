@@ -1,46 +1,126 @@
 """The reward model: which of two answers is better (Bradley & Terry 1952; Ouyang et al. 2022).
 
 SFT's trunk with a scalar head. The score of an answer is the head's value at its last token, where the model has read
-all of it.
+all of it. It learns from pairs, a better answer and a worse one, and from single answers that were judged good or bad.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+import torch.nn.functional as F
+from pydantic import Field, ValidationInfo, field_validator
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from components.artifact import ForjaError
+from components.artifact import ForjaError, to_json
 from components.data.batches import bucketed
-from components.data.chat import SEPARATOR, encode, special
+from components.data.chat import SEPARATOR, encode, encode_prompt, encode_within, special
+from components.data.templates import Template, template_of
 from components.data.tokenize import rows
 from components.log import Log
 from components.model.checkpoint import TOKENIZER, load, save
 from components.model.checkpoint import default_device as device
 from components.model.gpt import GPT
 from components.model.losses import by_length, pad_right, preference_loss
+from components.train import judgement
 from components.train.loop import Training, fit
 
-Pair = tuple[list[int], list[int]]  # (dialogue + chosen, dialogue + rejected) as tokens
+CALIBRATION = "calibration.json"
 
 
 class Config(Training, frozen=True, extra="forbid"):
+    margin: float = Field(ge=0)  # by which the better answer should lead; a row may have its own
+    long: Literal["cut", "drop"]  # what becomes of dialogues longer than the context
+    keep: Literal["best", "last"]  # the step whose weights are kept: that of the lowest held-out loss, or the last
     val_rows: int = Field(ge=2)
 
+    @field_validator("keep")
+    @classmethod
+    def _no_average_of_it(cls, keep: str, info: ValidationInfo) -> str:
+        if keep == "best" and info.data.get("ema") is not None:
+            raise ValueError("best, and ema keeps an average of all steps; set one of them to last or null")
+        return keep
 
-def pairs(tokenizer: Tokenizer, table: Sequence[dict[str, Any]], prompts: dict, context: int) -> list[Pair]:
-    """The preference rows as tokens, without those that do not fit the context or whose two answers are the same."""
-    out = []
+
+class Pair(NamedTuple):
+    """Two dialogues as tokens, alike but for the answer that they end with."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+
+    @property
+    def longer(self) -> int:
+        """By how many tokens the better answer is the longer one."""
+        return len(self.chosen) - len(self.rejected)
+
+
+class Single(NamedTuple):
+    """A dialogue whose answer was judged by itself."""
+
+    ids: list[int]
+    good: bool
+
+
+Item = Pair | Single
+
+
+def items_of(
+    tokenizer: Tokenizer,
+    table: Iterable[Mapping[str, Any]],
+    prompts: Mapping[str, Template],
+    context: int,
+    margin: float = 0.0,
+    long: Literal["cut", "drop"] = "drop",
+) -> tuple[list[Item], Counter[str]]:
+    """The rows of preferences as tokens, and how many are left out for what: `equal` answers, or too `long`.
+
+    A row with `chosen` or `rejected` alone is a single answer, good or bad.
+    """
+    items: list[Item] = []
+    dropped: Counter[str] = Counter()
     for row in table:
-        template = prompts[row["lang"]]
-        chosen, _ = encode(tokenizer, [*row["messages"], row["chosen"]], template)
-        rejected, _ = encode(tokenizer, [*row["messages"], row["rejected"]], template)
-        if max(len(chosen), len(rejected)) <= context and chosen != rejected:
-            out.append((chosen, rejected))
-    return out
+        said = {key: row[key] for key in ("chosen", "rejected") if row.get(key) is not None}
+        found = dialogues(tokenizer, row["messages"], list(said.values()), template_of(prompts, row), context, long)
+        if found is None:
+            dropped["long"] += 1
+        elif len(found) == 1:
+            items.append(Single(found[0], "chosen" in said))
+        elif found[0] == found[1]:
+            dropped["equal"] += 1
+        else:
+            items.append(Pair(found[0], found[1], float(row.get("margin", margin))))
+    return items, dropped
+
+
+def dialogues(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    template: Template,
+    context: int,
+    long: Literal["cut", "drop"],
+) -> list[list[int]] | None:
+    """The dialogue with each of the answers, up to the token that ends it. All are cut alike where the longest does not
+    fit the context; None where that is not wanted, or not possible."""
+    asked = encode_prompt(tokenizer, messages, template)
+    tails = [_spoken(*encode(tokenizer, [*messages, answer], template))[len(asked) :] for answer in answers]
+    longest = max(range(len(tails)), key=lambda i: len(tails[i]))
+    if len(asked) + len(tails[longest]) > context:
+        whole = [*messages, answers[longest]]
+        cut = encode_within(tokenizer, whole, template, context) if long == "cut" else None
+        if cut is None:
+            return None
+        asked = _spoken(*cut)[: -len(tails[longest])]
+    return [asked + tail for tail in tails]
+
+
+def _spoken(ids: list[int], said: list[bool]) -> list[int]:
+    """A conversation up to the last token that the assistant says: what the template writes behind is not scored."""
+    return ids[: len(said) - said[::-1].index(True)]
 
 
 def last_values(model: nn.Module, sequences: Sequence[Sequence[int]], pad: int) -> Tensor:
@@ -59,11 +139,44 @@ def score(model: GPT, sequences: Sequence[Sequence[int]], pad: int, batch_tokens
     return out
 
 
-def pair_loss(model: nn.Module, items: Sequence[Pair], pad: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The summed Bradley-Terry loss, both answers of every pair in one forward pass; and the pairs ranked right."""
-    values = last_values(model, [chosen for chosen, _ in items] + [rejected for _, rejected in items], pad)
-    chosen, rejected = values.chunk(2)
-    return preference_loss(chosen, rejected).sum(), {"accuracy": (chosen > rejected).sum()}
+def item_loss(model: nn.Module, items: Sequence[Item], pad: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss, all answers in one forward pass, and the number of items judged right.
+
+    Of a pair: Bradley-Terry. Of a single answer: -log sigmoid(score) where it is good and -log sigmoid(-score) where it
+    is bad; the head's bias is what a middling answer is measured from.
+    """
+    pairs = [item for item in items if isinstance(item, Pair)]
+    singles = [item for item in items if isinstance(item, Single)]
+    sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs] + [s.ids for s in singles]
+    chosen, rejected, alone = last_values(model, sequences, pad).split([len(pairs), len(pairs), len(singles)])
+    margins = torch.tensor([p.margin for p in pairs], device=chosen.device)
+    alone = alone * torch.tensor([1.0 if s.good else -1.0 for s in singles], device=alone.device)
+    loss = preference_loss(chosen, rejected, margins).sum() - F.logsigmoid(alone).sum()
+    return loss, {"accuracy": (chosen > rejected).sum() + (alone > 0).sum()}
+
+
+def leads(model: GPT, items: Sequence[Item], pad: int, swapped: bool = False) -> list[float]:
+    """By how much each pair's better answer leads, and a good answer's score, or minus a bad one's.
+
+    `swapped`: the two answers of a pair change places in the batch, which should change nothing.
+    """
+    sizes = [len(item.ids) if isinstance(item, Single) else max(map(len, item[:2])) for item in items]
+    out = [0.0] * len(items)
+    for batch in by_length(sizes, 8192):
+        sequences, signs = [], []
+        for i in batch:
+            item = items[i]
+            if isinstance(item, Pair):
+                sequences += [item.rejected, item.chosen] if swapped else [item.chosen, item.rejected]
+                signs += [-1.0, 1.0] if swapped else [1.0, -1.0]
+            else:
+                sequences.append(item.ids)
+                signs.append(1.0 if item.good else -1.0)
+        with torch.no_grad():
+            values = iter((last_values(model, sequences, pad).cpu() * torch.tensor(signs)).tolist())
+        for i in batch:
+            out[i] = next(values) + (next(values) if isinstance(items[i], Pair) else 0.0)
+    return out
 
 
 def with_scalar_head(policy: GPT) -> GPT:
@@ -75,52 +188,103 @@ def with_scalar_head(policy: GPT) -> GPT:
     return model
 
 
+def judge(
+    model: GPT, train: Sequence[Item], heldout: Sequence[Item], pad: int
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What a trained model's verdicts on held-out rows are worth, and its calibration curve (judgement.py)."""
+    found = leads(model, heldout, pad)
+    sure = judgement.accuracy(found)
+    bins = judgement.calibration(found)
+    metrics = {"loss": judgement.nats(found), "accuracy": sure.value, "accuracy.low": sure.low}
+    metrics |= {"accuracy.high": sure.high, "accuracy.n": float(sure.n)}
+    metrics["calibration_error"] = judgement.calibration_error(bins)
+    pairs = [(lead, item.longer) for lead, item in zip(found, heldout, strict=True) if isinstance(item, Pair)]
+    learnt = [item.longer for item in train if isinstance(item, Pair)]
+    if pairs and learnt:
+        metrics |= judgement.by_length(*zip(*pairs, strict=True))
+        metrics |= judgement.length_only(learnt, [longer for _, longer in pairs])
+        other = leads(model, heldout, pad, swapped=True)
+        metrics["swapped_agreement"] = sum((a > 0) == (b > 0) for a, b in zip(found, other, strict=True)) / len(found)
+    curve = [{"confidence": b.confidence, **b.right._asdict()} for b in bins]
+    return metrics, curve
+
+
+@torch.no_grad()
+def normalise(model: GPT, heldout: Sequence[Item], pad: int) -> float:
+    """Give scores mean 0 and deviation 1 over held-out answers, folded into the head, so that a reward has a unit.
+
+    Returns the deviation that they had. Where they do not differ there is no unit, and only the mean is taken away.
+    """
+    sequences = [s for item in heldout for s in (item[:2] if isinstance(item, Pair) else item[:1])]
+    values = score(model, sequences, pad).double()
+    deviation = float(values.std())
+    unit = deviation if deviation > 1e-6 else 1.0
+    model.head.bias.sub_(float(values.mean())).div_(unit)
+    model.head.weight.div_(unit)
+    return deviation
+
+
+def learnable(path: Path, train: Sequence[Item], heldout: Sequence[Item], dropped: Counter[str]) -> None:
+    """Raises ForjaError where there is nothing that a reward model could be learnt from, or measured by."""
+    left_out = "".join(f"; {n} left out: {why}" for why, n in sorted(dropped.items()))
+    if not train or len(heldout) < 2:
+        counts = f"{len(train)} training and {len(heldout)} held-out rows"
+        raise ForjaError(f"{path}: {counts}; a reward model needs 1 and 2 at least{left_out}")
+    judged = {item.good for item in train if isinstance(item, Single)}
+    if len(judged) == 1 and not any(isinstance(item, Pair) for item in train):
+        only = "good" if True in judged else "bad"
+        raise ForjaError(f"{path}: every judged answer is {only}; a reward model needs good and bad ones{left_out}")
+
+
 def run(cfg: Config, validate: Path, sft: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
     # 1. SFT's trunk, a new head.
     policy, tokenizer, prompts = load(sft, device())
     model = with_scalar_head(policy).to(device())
     pad = special(tokenizer, SEPARATOR)
 
-    # 2. Pairs as tokens.
+    # 2. Rows as tokens.
     path = validate / "preferences.jsonl"
     table: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for row in rows(path):
         table[row["split"]].append(row)
-    context = model.config.context
-    train = pairs(tokenizer, table["train"], prompts, context)
-    heldout = pairs(tokenizer, table["val"][: cfg.val_rows], prompts, context)
-    if not train or len(heldout) < 2:
-        raise ForjaError(f"{path}: {len(train)} training and {len(heldout)} held-out pairs; a reward model needs both")
-    lengths = [max(len(a), len(b)) for a, b in train]
+    read: Callable[..., tuple[list[Item], Counter[str]]] = lambda some: items_of(  # noqa: E731
+        tokenizer, some, prompts, model.config.context, cfg.margin, cfg.long
+    )
+    train, dropped = read(table["train"])
+    heldout, _ = read(table["val"][: cfg.val_rows])
+    learnable(path, train, heldout, dropped)
+    lengths = [max(map(len, item[:2])) if isinstance(item, Pair) else len(item.ids) for item in train]
 
-    @torch.no_grad()
     def measure(model: GPT) -> dict[str, float]:
-        loss, others = pair_loss(model, heldout, pad)
-        return {"loss": float(loss) / len(heldout), "accuracy": float(others["accuracy"]) / len(heldout)}
+        found = leads(model, heldout, pad)
+        return {"loss": judgement.nats(found), "accuracy": judgement.accuracy(found).value}
 
     # 3. Train.
     model, last = fit(
         model,
         cfg,
         lambda step: [train[i] for i in bucketed(lengths, cfg.seed, step, cfg.batch)],
-        lambda model, items: pair_loss(model, items, pad),
-        lambda pair: 1,
+        lambda model, items: item_loss(model, items, pad),
+        lambda item: 1,
         measure,
         scratch,
         log,
+        keep=cfg.keep,
     )
 
-    # 4. Normalise: mean 0 and deviation 1 over held-out answers, folded into the head, so a reward has a unit.
-    values = score(model.eval(), [s for pair in heldout for s in pair], pad)
-    mean, deviation = values.mean().to(device()), values.std().clamp(min=1e-6).to(device())
-    with torch.no_grad():
-        model.head.bias.sub_(mean).div_(deviation)
-        model.head.weight.div_(deviation)
+    # 4. What its verdicts are worth, in the unit that it learnt in; then the unit is the held-out answers' deviation.
+    metrics, curve = judge(model.eval(), train, heldout, pad)
+    (out / CALIBRATION).write_text(to_json(curve), encoding="utf-8")
+    deviation = normalise(model, heldout, pad)
     save(model, out, sft / TOKENIZER, prompts)
-    final = measure(model)
-    return last | {
-        "val_loss": final["loss"],
-        "val_accuracy": final["accuracy"],
-        "rows": float(len(train)),
-        "dropped": float(len(table["train"]) - len(train)),
-    }
+    metrics = {f"val_{name}": value for name, value in metrics.items()}
+    return (
+        last
+        | metrics
+        | {
+            "score_deviation": deviation,
+            "rows": float(len(train)),
+            "dropped": float(sum(dropped.values())),
+            **{f"dropped.{why}": float(n) for why, n in dropped.items()},
+        }
+    )

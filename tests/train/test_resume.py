@@ -45,7 +45,7 @@ CONFIGS = {
         **TRAINING, z_loss=0.0, model=SHAPE, init=None, context=None, packing="stream", val_windows=2, samples=["Doc"]
     ),
     sft: sft.Config(**TRAINING, z_loss=1e-4, prompts=PROMPTS, val_rows=4, sample_rows=2),
-    reward: reward.Config(**TRAINING, val_rows=4),
+    reward: reward.Config(**TRAINING, margin=0.0, long="cut", keep="best", val_rows=4),
     ppo: ppo.Config(**TRAINING | {"matrix_lr": None}, **RLHF, val_rows=4, sample_rows=2),
 }
 
