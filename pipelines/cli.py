@@ -68,7 +68,9 @@ def ingest(
     shape: Annotated[str | None, typer.Option(help="The records' shape, where it is not recognised.")] = None,
     table: Annotated[str | None, typer.Option(help="The table that the rows go to.")] = None,
     licence: Annotated[str | None, typer.Option(help="The licence of rows that do not say theirs.")] = None,
-    lang: Annotated[str | None, typer.Option(help="The language of rows that do not say theirs: en or es.")] = None,
+    lang: Annotated[
+        str | None, typer.Option(help="Of rows that do not say theirs: en, es, or auto to look at each.")
+    ] = None,
     split: Annotated[str, typer.Option(help="auto, hash, train, val or test.")] = "auto",
     package: Annotated[str | None, typer.Option(help="python-docs: an installed package to learn from.")] = None,
 ) -> None:

@@ -36,7 +36,7 @@ def need(root: Path, config: dict[str, Any]) -> Need:
     meta = pointer.get("meta") or {}
     present = (root / "data" / RECORD).is_file()
     if meta.get("by") == "hand":
-        return Need("keep" if present else "fetch", "the snapshot was taken by hand, so the recipe does not replace it")
+        return Need("keep" if present else "fetch", _by_hand(meta.get("config") or {}, config))
     if meta.get("config") != config:
         return Need("ingest", "the recipe's ingest section is another one than the snapshot's")
     if meta.get("code") != code_hashes(root)[STAGE]:
@@ -51,6 +51,15 @@ def need(root: Path, config: dict[str, Any]) -> Need:
         return Need("fetch", "data/ is missing")
     unread = ", and its source files are unchanged: none is read" if meta.get("sources") else ""
     return Need("keep", f"the snapshot is the recipe's{unread}")
+
+
+def _by_hand(taken: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Said of a snapshot taken by hand, and where the recipe's sources are others, how to have those."""
+    here, recipes = ([s["source"] for s in config.get("sources", [])] for config in (taken, wanted))
+    said = f"the snapshot was taken by hand, of {', '.join(here)}"
+    if here == recipes:
+        return said
+    return f"{said}: the recipe's own sources ({', '.join(recipes)}) are not read; delete data.dvc to have them"
 
 
 def _changed(old: dict[str, str], new: dict[str, str]) -> str:

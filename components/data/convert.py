@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from components.data import shapes, tables
-from components.data.language import UNKNOWN, identify
+from components.data.language import AUTO, named, of_row, of_sample
 from components.data.mix import POLICY, Will
 from components.data.readers import SPLITS, Part, Record, kind_of, records
 from components.data.sources import hashed, split_of
@@ -27,11 +27,9 @@ from components.data.strict import Unfit
 
 SAMPLE = 64  # records by which a file's shape is told,
 SAMPLE_BYTES = 1 << 22  # or as many as are in so many bytes
-TEXTS, PARTS, LETTERS = 32, 8, 200  # records, their parts, and characters of each, by which its language is
 RAW = 2_000  # characters of a record that the quarantine shows
 SUBJECT = 200  # characters; a longer subject is named by its beginning and its hash
 BLOCK = 1 << 25  # bytes of a large file that are one piece of work
-LANGUAGES = {"english": "en", "spanish": "es", "español": "es", "espanol": "es", "castellano": "es"}
 OWN = {"id", "source", "licence", "license", "provenance", "url", "lang", "language", "object", "split", "line"}
 GIVEN = (  # the later one counts
     ("source", "source"),
@@ -186,7 +184,7 @@ def convert(
     """Write the rows of `found`. Shape and language are the recipe's, else those of the sample; where it has no shape,
     it is told record by record."""
     shape, reason = origin.shape, ""
-    told = origin.lang or language_of(sample)
+    told = origin.lang if origin.lang not in (None, AUTO) else of_sample(sample)
     if shape is None and sample:
         try:
             shape = shapes.detect(sample)
@@ -222,7 +220,7 @@ def _made(
     value = record.value
     place = f"{record.file}:{record.line}"
     own = value if type(value) is dict and not OWN.isdisjoint(value) else {}
-    common = _common(own, place, record, origin, told)
+    common = _common(own, place, record, origin)
     if away := origin.will.against(place, own, common["source"], common["licence"], common["id"]):
         raise _Away(away)
     if shape is None:
@@ -234,9 +232,11 @@ def _made(
     made = shapes.rows(name, value)
     if table is not None:
         made = [shapes.to_table(*row, table) for row in made]
+    says = _named(own, origin)
     found = []
     for i, (of_table, fields) in enumerate(made, start=1):
         row = {**common, **fields}
+        row["lang"] = says or (of_row(row, told) if origin.lang == AUTO else told)
         if i > 1:
             row["id"] = f"{common['id']}/{i}"
         _place(row, own, of_table, origin, held)
@@ -248,14 +248,13 @@ class _Away(Unfit):
     """Left out by the recipe's will."""
 
 
-def _common(own: Row, place: str, record: Record, origin: Origin, told: str) -> Row:
-    """The fields that every row has, but for object and split."""
+def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
+    """The fields that every row has, but for language, object and split."""
     row = {
         "id": place,
         "source": origin.label,
         "licence": origin.licence,
         "provenance": f"{record.file}, line {record.line}",
-        "lang": told,
         "line": place,
     }
     if not own:
@@ -269,36 +268,17 @@ def _common(own: Row, place: str, record: Record, origin: Origin, told: str) -> 
             row[into] = given
     if whole and isinstance(own.get("line"), str):
         row["line"] = own["line"]
-    if isinstance(own.get("lang"), str):
-        row["lang"] = _language(own["lang"])
-    elif origin.lang is None and isinstance(own.get("language"), str):
-        said = _language(own["language"])
-        row["lang"] = said if re.fullmatch("[a-z]{2}", said) else row["lang"]
     return row
 
 
-def language_of(sample: list[Any]) -> str:
-    """es where most of the sample's texts that have a language are Spanish, else en: prompts are in these two."""
-    texts = [text for value in sample[:TEXTS] if (text := " ".join(_texts(value, LETTERS)))]
-    if not texts:
-        return "en"
-    found = Counter(code for code, _ in identify(texts) if code != UNKNOWN)
-    return "es" if 2 * found["es"] > found.total() else "en"
-
-
-def _texts(value: Any, most: int) -> Iterator[str]:
-    """The beginnings of the texts in a value."""
-    if isinstance(value, str):
-        yield value[:most]
-    elif isinstance(value, dict | list):
-        for v in list(value.values() if isinstance(value, dict) else value)[:PARTS]:
-            yield from _texts(v, most)
-
-
-def _language(said: str) -> str:
-    """en for English, en-US or EN."""
-    low = said.strip().lower()
-    return LANGUAGES.get(low) or re.sub(r"^([a-z]{2})[-_].*$", r"\1", low)
+def _named(own: Row, origin: Origin) -> str | None:
+    """The language that a record itself names."""
+    if isinstance(own.get("lang"), str):
+        return named(own["lang"])
+    if origin.lang in (None, AUTO) and isinstance(own.get("language"), str):
+        said = named(own["language"])
+        return said if re.fullmatch("[a-z]{2}", said) else None
+    return None
 
 
 def _place(row: Row, own: Row, table: str, origin: Origin, held: str | None) -> None:

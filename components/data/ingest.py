@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, field_validator
 from components.artifact import ForjaError, building, to_json, write_record
 from components.data import convert, hfsets, mix, pyrows, readers
 from components.data.convert import Job, Origin, Tally
+from components.data.language import AUTO
 from components.data.mix import TABLES, Source, Will
 from components.log import Log
 
@@ -127,7 +128,8 @@ def _made(cfg: Config, source: Source, origin: Origin, folder: Path, log: Log) -
     if source.source == PYTHON:
         tables, extra = pyrows.tables(cfg.package, cfg.seed, cfg.problems, cfg.limit)
     else:
-        tables, extra = pyrows.problem_tables(cfg.seed, cfg.problems, source.lang), {}
+        lang = None if source.lang == AUTO else source.lang
+        tables, extra = pyrows.problem_tables(cfg.seed, cfg.problems, lang), {}
     log({"progress": 0.5}, 0)
     tally = convert.NOTHING
     for table, rows in tables.items():

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, field_validator
 
 from components.artifact import ForjaError
+from components.data.language import AUTO
+from components.data.rules import LANGS
 from components.data.shapes import SHAPES
 from components.data.sources import hashed
 
@@ -20,7 +22,8 @@ POLICY = ("not drawn", "excluded", "licence")  # reasons that are the recipe's w
 
 
 class Source(BaseModel, frozen=True, extra="forbid"):
-    """One source: python-docs, problems, a file, a folder, a glob, hf:org/name. Null is recognised or filled in."""
+    """One source: python-docs, problems, a file, a folder, a glob, hf:org/name. Null is recognised or filled in: `lang`
+    by a file's first records, and with auto by each row."""
 
     source: str
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -36,6 +39,13 @@ class Source(BaseModel, frozen=True, extra="forbid"):
         if shape is not None and shape not in SHAPES:
             raise ValueError(f"one of {', '.join(SHAPES)} is wanted")
         return shape
+
+    @field_validator("lang")
+    @classmethod
+    def spoken(cls, lang: str | None) -> str | None:
+        if lang is not None and lang not in (AUTO, *LANGS):
+            raise ValueError(f"one of {', '.join((AUTO, *LANGS))} is wanted")
+        return lang
 
 
 class Will(NamedTuple):

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from components.artifact import ForjaError
 from components.data import problems, questions, sources
 from components.data.sources import Doc, Origin, hashed, split_of
 
@@ -36,8 +35,6 @@ def tables(
 def problem_tables(seed: int, n_problems: int, lang: str | None) -> dict[str, Iterable[Row]]:
     """Generated problems alone, in one language or in both."""
     langs = problems.LANGS if lang is None else (lang,)
-    if lang not in (None, *problems.LANGS):
-        raise ForjaError(f"ingest.sources: problems are made in {' and '.join(problems.LANGS)}, not in {lang!r}")
     return _asked(GENERATED, questions.of_problems(problems.generate(n_problems, seed, langs)), seed)
 
 

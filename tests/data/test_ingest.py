@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from components.artifact import ForjaError, read_record
 from components.data import questions
@@ -307,10 +308,11 @@ def test_problems_are_a_source_of_their_own_in_one_language(tmp_path: Path) -> N
         assert len(rows) > 15 and {row["lang"] for row in rows} == {"es"}
         assert {row["source"] for row in rows} == {"generated"}
     assert not read(tmp_path / "out", "corpus")
-    with pytest.raises(ForjaError, match="en and es, not in 'fr'"):
-        ingest(
-            Config.model_validate(cfg | {"sources": [{"source": "problems", "lang": "fr"}]}), tmp_path / "no", silent
-        )
+    with pytest.raises(ValidationError, match="one of auto, en, es is wanted"):
+        Config.model_validate(cfg | {"sources": [{"source": "problems", "lang": "fr"}]})
+    both = Config.model_validate(cfg | {"sources": [{"source": "problems", "lang": "auto"}]})
+    ingest(both, tmp_path / "both", silent)
+    assert {row["lang"] for row in read(tmp_path / "both", "prompts")} == {"en", "es"}
 
 
 def test_a_files_language_is_told_by_its_first_records(tmp_path: Path) -> None:
@@ -331,3 +333,25 @@ def test_a_files_language_is_told_by_its_first_records(tmp_path: Path) -> None:
     data = folder(tmp_path / "said", files, lang="es")
     assert {r["lang"] for r in read(data, "instructions") if "/c.jsonl" not in r["line"]} == {"es"}
     assert {r["lang"] for r in read(data, "instructions") if "/c.jsonl" in r["line"]} == {"en"}
+    data = folder(tmp_path / "each", files, lang="auto")
+    by_row = {(r["line"], r["lang"]) for r in read(data, "instructions") + read(data, "corpus")}
+    wanted = {(f"mine/a.jsonl:{i}", "en" if i == 10 else "es") for i in range(1, 11)}
+    wanted |= {(f"mine/b.jsonl:{i}", "es" if i == 10 else "en") for i in range(1, 11)}
+    wanted |= {("mine/c.jsonl:1", "en"), ("mine/d.jsonl:1", "es"), ("mine/e.txt:1", "en")}
+    assert by_row == wanted | {(f"mine/d.jsonl:{i}", "en") for i in (2, 3, 4)}
+
+
+def test_in_each_table_a_rows_texts_tell_its_language(tmp_path: Path) -> None:
+    """A row in English, one in Spanish, and one too short to tell, which counts as its file's."""
+    texts = ["The weather was fine and we walked along the river.", "Hacía buen tiempo y paseamos por el río.", "7 + 5"]
+    asked = ["Which of these animals lays eggs?", "¿Cuál de estos animales pone huevos?", "7?"]
+    made = {
+        "c.jsonl": [{"text": text} for text in texts],
+        "e.jsonl": [{"question": question, "choices": ["1", "2"], "answer": 0} for question in asked],
+        "p.jsonl": [{"prompt": q, "chosen": a, "rejected": "?"} for q, a in zip(asked, texts, strict=True)],
+        "q.jsonl": [{"prompt": question} for question in asked],
+    }
+    files = {name: b"".join(json.dumps(row).encode() + b"\n" for row in rows) for name, rows in made.items()}
+    data = folder(tmp_path, files, lang="auto")
+    for table in ("corpus", "eval", "preferences", "prompts"):
+        assert [row["lang"] for row in read(data, table)] == ["en", "es", "en"], table

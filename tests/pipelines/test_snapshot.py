@@ -138,6 +138,9 @@ def test_by_hand_once_and_not_again_while_nothing_changed(clone: Path) -> None:
     forja(clone, "ingest", "mine", "more.csv")
     assert len(rows(clone, "instructions")) == 2
     assert snapshot.need(clone, ingest_section(clone)).action == "keep"  # the recipe does not replace it
+    others = snapshot.need(clone, {**ingest_section(clone), "sources": [{"source": "talks"}]})
+    said = "of mine, more.csv: the recipe's own sources (talks) are not read; delete data.dvc to have them"
+    assert others == ("keep", f"the snapshot was taken by hand, {said}")
     wrong = forja(clone, "ingest", "mine", "--shape", "alpacca", status=2)
     assert "ingest.sources.0.shape: one of text, alpaca" in " ".join(wrong.split())
     assert "no such file or folder" in forja(clone, "ingest", "nothing", status=2)
