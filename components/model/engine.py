@@ -19,7 +19,7 @@ from components.artifact import ForjaError
 from components.model.checkpoint import default_device as device
 from components.model.checkpoint import filled
 from components.model.fused import keep_freed_memory
-from components.model.muon import Muon
+from components.model.muon import Cut, Muon
 from components.model.optim import Optim, optimiser
 from components.model.ranks import added_up, micro_batch
 from components.model.scratch import Piece, Shards
@@ -49,10 +49,6 @@ class Engine:
         keep_freed_memory()
         deepspeed = _deepspeed()
         self.optim, self.micro, self.zero = optim, micro_batch(batch), int(os.environ.get("FORJA_ZERO") or 0)
-        if self.zero and optim.matrix_lr is not None:
-            raise ForjaError(
-                f"FORJA_ZERO={self.zero}: cuts matrices into pieces, which Muon needs whole; set matrix_lr=null"
-            )
         self.model: Any = model.to(device())
         _prepare(self.model, self.zero)
         base = optimiser(model.named_parameters(), optim)
@@ -79,6 +75,8 @@ class Engine:
         if self.zero == 3 and head is not None:  # the loss reads its weight outside the head's own pass
             deepspeed.zero.register_external_parameter(model, head.weight)
         self.base = base if self.zero == 0 else self.ds.optimizer.optimizer
+        if self.zero and isinstance(self.base, Muon):
+            self.base.cuts = self._cuts()
         self._move, self.base.step = self.base.step, self._guarded  # type: ignore[method-assign]
         self.grad_norm = 0.0  # the global norm before clipping, of the last step taken
         self.taken = 0
@@ -155,6 +153,19 @@ class Engine:
         owner = zero.single_partition_of_fp32_groups[cut.param_group_index]
         at, length = cut.hp_fragment_address.start, cut.hp_fragment_address.numel
         return Place(owner, at, cut.lp_fragment_address.start, length)
+
+    def _cuts(self) -> dict[int, list[Cut]]:
+        """What lies in which of the flat tensors that ZeRO steps with, as Muon asks; the same order on every rank."""
+        zero = self.ds.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.zero == 3 else zero.single_partition_of_fp32_groups
+        cuts: dict[int, list[Cut]] = {}
+        for flat, group in zip(flats, zero.fp16_groups if self.zero == 3 else zero.bit16_groups, strict=True):
+            for p in group:
+                shape = getattr(p, "ds_shape", p.shape)
+                if len(shape) == 2:
+                    _, at, start, length = self._place(p) or Place(flat, 0, 0, 0)
+                    cuts.setdefault(id(flat), []).append(Cut(shape[0], shape[1], at, start, length))
+        return cuts
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank writes of a checkpoint. Where every rank holds all, each writes its share."""

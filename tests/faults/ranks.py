@@ -1,5 +1,5 @@
 """Two ranks under torchrun: for each ZeRO stage, the training of `training.py` from the start, and the same from the
-checkpoint that one rank left. Usage: ranks.py FOLDER."""
+checkpoint that one rank left. Usage: ranks.py FOLDER adamw|muon."""
 
 import json
 import os
@@ -7,12 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from training import RECIPE, train
 
+from components.model import muon
 
-def main(root: Path) -> None:
-    cfg = RECIPE.model_copy(update={"matrix_lr": None})
+
+def main(root: Path, optimiser: str) -> None:
+    cfg = RECIPE if optimiser == "muon" else RECIPE.model_copy(update={"matrix_lr": None})
+    muon.PRODUCTS = torch.float32
     rank = int(os.environ["RANK"])
     for zero in "0123":
         os.environ["FORJA_ZERO"] = zero
@@ -28,4 +32,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
