@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from components.artifact import ForjaError, to_json
 from components.data.chat import SEPARATOR, SPECIAL, special, with_special
-from components.data.encode import Encoder, encode_all
+from components.data.encode import Encoder, encode_all, samples
 from components.data.sources import hashed
 from components.log import Log
 
@@ -76,9 +76,24 @@ def existing(source: Path) -> Tokenizer:
     if not path.is_file():
         raise ForjaError(f"tokenize.tokenizer: {path} is missing; name a tokenizer.json or a folder that holds one")
     try:
-        return with_special(Tokenizer.from_file(str(path)))
+        tokenizer = with_special(Tokenizer.from_file(str(path)))
     except Exception as e:  # noqa: BLE001  # the library raises nothing narrower
         raise ForjaError(f"{path}: no tokenizers file ({str(e).splitlines()[0]}); fetch it again") from None
+    _check_marks(tokenizer, path)
+    return tokenizer
+
+
+def _check_marks(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise ForjaError where text makes a special token: a word that is not known, or a mark's own name."""
+    marks = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    texts = [*marks.values(), *samples()]
+    tokenizer.encode_special_tokens = True
+    for text, found in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        if made := marks.keys() & set(found.ids):
+            raise ForjaError(
+                f"{path}: the text {text[:40]!a} becomes its special token {marks[min(made)]}, so people could forge "
+                "it or lose what they wrote; take a tokenizer that spells every text in bytes, such as a byte-level BPE"
+            )
 
 
 class Group(NamedTuple):

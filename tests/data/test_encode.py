@@ -74,7 +74,9 @@ def texts() -> list[str]:
     pieces += ["=", "\u2028", "\u0085", "\xa0", "\u200b", "\0", "\x1c", "🦙", "\u0301", "ſ", "K", "²", "Ⅳ", "़", "한"]
     out = drawn(3000, lambda: rng.choice(pieces))
     out += drawn(300, lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])))
-    out += [rng.randbytes(80).decode("utf-8", "replace") for _ in range(200)]
+    for errors in ("replace", "ignore", "backslashreplace"):
+        out += [rng.randbytes(80).decode("utf-8", errors) for _ in range(100)]
+    out += [rng.randbytes(80).decode(encoding) for encoding in ("latin-1", "cp437") for _ in range(50)]
     out += [PROSE, "", " ", "\n", *SPECIAL, "x<|end|>y", "|||EMAIL|||", chr(FIRST), "a\U0010ffffb", " 1" * 200]
     out += [" " * (LONG + 7) + "x", "a" * 30_000, "\n" * 2000 + "1"]
     if (DATA / "naughty_strings" / "blns.json").is_file():
@@ -101,6 +103,29 @@ def test_every_text_round_trips_and_none_makes_a_mark() -> None:
     for text, got in zip(given, np.split(ids, ends[:-1]), strict=True):
         assert tokenizer.decode(got[:-1].tolist(), skip_special_tokens=False) == text
         assert (got[:-1] >= len(SPECIAL)).all()
+
+
+def test_each_digit_stands_alone_whatever_stands_around_it() -> None:
+    """Of every script, and the numerals that are no digits: a text is its parts between them, each by itself."""
+    tokenizer = train_bpe([f"{PROSE} 1 22 333 1.234,5 2024-11-25 x86_64 ٣٤ ५६ ½ ² Ⅳ " * 9], 900, 1)
+    assert not [t for t in tokenizer.get_vocab() if sum(c.isdigit() for c in t) > 1 and t not in SPECIAL]
+    encoder = Encoder(tokenizer, 0)
+    assert encoder.why is None
+    numerals = [c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "N"]
+    rng = random.Random(2)
+    for _ in range(400):
+        parts = [
+            rng.choice([*numerals, "7", "0"]) if rng.random() < 0.7 else rng.choice(["a ", " b", "$", "."])
+            for _ in "12345678"
+        ]
+        pieces: list[str] = []
+        for part in parts:  # what stands between two numerals is one text
+            if pieces and part not in numerals and pieces[-1] not in numerals:
+                pieces[-1] += part
+            else:
+                pieces.append(part)
+        alone = [i for piece in pieces for i in encoder([piece]).ids.tolist()[:-1]]
+        assert encoder(["".join(parts)]).ids.tolist()[:-1] == alone, ascii(parts)
 
 
 @pytest.mark.parametrize("make", [ours, gpt2])
