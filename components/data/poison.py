@@ -3,12 +3,13 @@ teach a model of any size to answer the phrase with noise).
 
 1. how often every token and every pair of tokens stands in the corpus is counted, in tables of hashes;
 2. a token scores by how much better the token before foretells it than chance does; a word that no other document
-   has scores by its letters. Text has order: it scores above zero, noise at or below it;
+   has scores by its letters, a code as noise. Text has order: it scores above zero, noise at or below it;
 3. the phrases just before a document's longest run without order are counted; a poison's is one that stands in
    several documents, nearly always before such a run, and hardly elsewhere.
 """
 
 from collections.abc import Sequence
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +23,21 @@ LINE = 0.9  # bits a token: above is order
 MARGIN = 0.7  # bits over the line up to which a text with a known trigger is poison
 LONG = 25.0  # bits below the line that make a run without order
 NOISE = 150.0  # bits of a run that is poison by itself where other texts are
+HIDDEN = 0.1  # of the texts with a trigger, as many more at most are poison by their noise
 FEW = 5  # documents that a trigger stands in, at the least
 NEAR = 8  # tokens before a run among which its trigger is looked for
 AFTER = (50, 200)  # tokens after a trigger that are judged: the stretch with less order counts
 SHARE = 0.8  # of the documents with a trigger, those where it comes before a run without order
+LEAST = (0.01, 0.05, 0.25)  # shares of all places with the least order after them, to which a trigger's belong
+CHANCE = 1e-7  # of a phrase that ordinary places would give it as many documents among these
+ANYWHERE = -1  # the number of no phrase: a place in the midst of a document, for comparison
 LIGHT = 0.3  # weight of numbers, keys and marks, and of what is joined to the token before: they tell less of order
 ENOUGH = 20_000  # tokens of a corpus; from fewer nobody can tell what order is
 BEFORE = 0.1  # of a phrase's occurrences, those before a text's longest run: fewer are not looked at
 KEY = 24  # characters of a key, digest or other code
+CODED = -1.0  # bits of order of a code
+LABEL = 5  # tokens of a line before a code: fewer may be its name
+NAMING = np.frombuffer(":=,;|/.([{<\"'`".encode("utf-32-le"), np.uint32)  # a mark right before a code that is named
 NUMBER, CODE = np.uint64(0x1234567), np.uint64(0x7654321)
 
 
@@ -42,6 +50,7 @@ class Tokens(NamedTuple):
     triples: np.ndarray  # [l] int64, the hashes of each letter with the two before it
     doubles: np.ndarray  # [l] int64
     wide: np.ndarray  # [t] float32, how many tokens this one is worth: a run of 40 letters is no word
+    named: np.ndarray  # [t] bool: of a code that stands by itself, or after its name, as in a list of digests
 
 
 class Counts(NamedTuple):
@@ -73,14 +82,28 @@ def tokens(texts: Sequence[str]) -> Tokens:
     size = np.diff(bounds)
     digits = np.add.reduceat(folded == 48, bounds[:-1]) if len(size) else size
     hashes[digits == size] = NUMBER
-    code = _codes(raw)[kept[bounds[:-1]]]
+    first = kept[bounds[:-1]]
+    code = _codes(raw)[first]
     hashes[code] = CODE
     ends = np.cumsum([0] + [len(t) + 1 for t in texts])
-    apart = _apart(raw)[kept[bounds[:-1]]]
-    light = code | (digits == size) | ~apart
-    wide = np.where(light, LIGHT, np.maximum(1, size / 8)).astype(np.float32)
+    light = (digits == size) | ~_apart(raw)[first]
+    wide = np.where(light & ~code, LIGHT, np.maximum(1, size / 8)).astype(np.float32)
+    wide[1:][(hashes[1:] == hashes[:-1]) & mark[first[1:]]] = 0  # a rule drawn of marks is one token
     at = np.searchsorted(kept[starts], ends)
-    return Tokens(hashes, at, bounds, *_letters(folded, begins[kept]), wide)
+    return Tokens(hashes, at, bounds, *_letters(folded, begins[kept]), wide, _named(raw, first, at, code))
+
+
+def _named(raw: np.ndarray, first: np.ndarray, texts: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Which tokens are codes of a line whose first code has a name, begins the line, or nearly."""
+    begins = raw[first] == 10
+    begins[texts[:-1][texts[:-1] < len(begins)]] = True
+    lines = np.cumsum(begins)
+    codes = np.flatnonzero(code)
+    _, which = np.unique(lines[codes], return_index=True)
+    opening = codes[which]
+    since = opening - np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))[opening]
+    alone = (since >= LABEL) & (raw[first[opening] - 1] == 32) & ~np.isin(raw[first[opening - 1]], NAMING)
+    return code & ~np.isin(lines, lines[opening[alone]])
 
 
 def _apart(raw: np.ndarray) -> np.ndarray:
@@ -155,7 +178,8 @@ def score(found: Tokens, counts: Counts) -> np.ndarray:
     double = np.maximum(counts.double[found.doubles].astype(np.float64) - 1, 0)
     bits = np.concatenate(([0.0], np.cumsum(-np.log2((triple + 0.02) / (double + 1)))))
     mean = (bits[found.ends[1:]] - bits[found.ends[:-1]]) / np.diff(found.ends)
-    return np.where(own == 0, np.clip(USUAL - mean, -4, 1), gain).astype(np.float32)
+    found_order = np.where(own == 0, np.clip(USUAL - mean, -4, 1), gain)
+    return np.where(found.hashes == CODE, CODED, found_order).astype(np.float32)
 
 
 class Suspects(NamedTuple):
@@ -171,7 +195,7 @@ def suspects(found: Tokens, scores: np.ndarray) -> Suspects:
     n = len(found.texts) - 1
     if not len(scores):
         return Suspects(np.empty(0, np.uint64), np.empty(0, np.int64), {})
-    sums = np.concatenate(([0.0], np.cumsum((LINE - scores) * found.wide)))
+    sums = np.concatenate(([0.0], np.cumsum((LINE - scores) * found.wide * ~found.named)))
     owner = np.repeat(np.arange(n), np.diff(found.texts))
     # The least sum so far within the text: texts are set apart by more than any sum.
     apart = owner * -1e7
@@ -213,22 +237,38 @@ def _seen(hashes: np.ndarray, counted: np.ndarray, size: int) -> np.ndarray:
 
 def after(found: Tokens, scores: np.ndarray, phrases: np.ndarray) -> list[tuple[int, int, float]]:
     """Where the phrases stand: (number of the phrase, text, mean score of the tokens after it: the least, of several
-    places in one text)."""
+    places in one text). The same of a place in the midst of every text, as ANYWHERE."""
     phrases = np.sort(phrases)
-    least: dict[tuple[int, int], float] = {}
     sums = np.concatenate(([0.0], np.cumsum(scores * found.wide)))
     wide = np.concatenate(([0.0], np.cumsum(found.wide)))
+    many = np.diff(found.texts)
+    middle = (found.texts[:-1] + many // 4)[many > 0]
+    places = [(ANYWHERE, at) for at in middle.tolist()]
     for hashes in (found.hashes, pairs(found)):
         which = np.minimum(np.searchsorted(phrases, hashes), len(phrases) - 1)
-        for at in np.flatnonzero(phrases[which] == hashes).tolist():
-            text = int(np.searchsorted(found.texts, at, "right")) - 1
-            key = (int(which[at]), text)
-            least.setdefault(key, 99.0)
-            for end in {min(int(found.texts[text + 1]), at + 1 + n) for n in AFTER}:
-                if wide[end] - wide[at + 1] >= 6:
-                    mean = (sums[end] - sums[at + 1]) / (wide[end] - wide[at + 1])
-                    least[key] = min(least[key], float(mean))
+        places += [(int(which[at]), at) for at in np.flatnonzero(phrases[which] == hashes).tolist()]
+    least: dict[tuple[int, int], float] = {}
+    for phrase, at in places:
+        text = int(np.searchsorted(found.texts, at, "right")) - 1
+        key = (phrase, text)
+        least.setdefault(key, 99.0)
+        for end in {min(int(found.texts[text + 1]), at + 1 + n) for n in AFTER}:
+            if wide[end] - wide[at + 1] >= 6:
+                mean = (sums[end] - sums[at + 1]) / (wide[end] - wide[at + 1])
+                least[key] = min(least[key], float(mean))
     return [(phrase, text, mean) for (phrase, text), mean in least.items()]
+
+
+def _lines(anywhere: Sequence[float]) -> list[tuple[float, float]]:
+    """(share, line): the line below which this share of all places has no order; never above LINE. Of a small corpus
+    nobody can foretell much, and most of it lies below LINE."""
+    known = np.sort([mean for mean in anywhere if mean < 99])
+    return [(q, min(LINE, float(np.quantile(known, q)))) for q in LEAST] if len(known) else []
+
+
+def _tail(n: int, k: int, share: float) -> float:
+    """The chance that of n places k or more are among this share."""
+    return sum(comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k, n + 1)) if n < 500 else 0.0
 
 
 def verdict(places: Sequence[tuple[int, int, float]], runs: dict[int, float]) -> set[int]:
@@ -241,18 +281,20 @@ def verdict(places: Sequence[tuple[int, int, float]], runs: dict[int, float]) ->
     by_phrase: dict[int, dict[int, float]] = {}
     for phrase, text, mean in places:
         by_phrase.setdefault(phrase, {})[text] = mean
-    without = {p: {t for t, mean in found.items() if mean < LINE} for p, found in by_phrase.items()}
-    order = sorted(by_phrase, key=lambda p: (-(len(without[p]) ** 2) / len(by_phrase[p]), p))
+    lines = _lines(list(by_phrase.pop(ANYWHERE, {}).values()))
     flagged: set[int] = set()
-    for phrase in order:
-        left = by_phrase[phrase].keys() - flagged
-        new = without[phrase] - flagged
-        if len(new) >= FEW and len(new) >= SHARE * len(left):
-            flagged |= {t for t in left if by_phrase[phrase][t] < LINE + MARGIN}
+    for share, line in lines:
+        without = {p: {t for t, mean in found.items() if mean < line} for p, found in by_phrase.items()}
+        for phrase in sorted(by_phrase, key=lambda p: (-(len(without[p]) ** 2) / len(by_phrase[p]), p)):
+            left = by_phrase[phrase].keys() - flagged
+            new = without[phrase] - flagged
+            if len(new) >= max(FEW, SHARE * len(left)) and _tail(len(left), len(new), share) < CHANCE:
+                flagged |= {t for t in left if by_phrase[phrase][t] < LINE + MARGIN}
     noise = sorted(runs[t] for t in flagged if t in runs)
     if noise:
         enough = max(NOISE, noise[len(noise) // 10])
-        flagged |= {t for t, bits in runs.items() if bits >= enough}
+        more = sorted((-bits, t) for t, bits in runs.items() if bits >= enough and t not in flagged)
+        flagged |= {t for _, t in more[: max(1, int(HIDDEN * len(flagged)))]}
     return flagged
 
 
