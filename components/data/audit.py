@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from components.data import contamination, convert, language, neardup, pii, poison, readers, shapes
+from components.data import contamination, convert, held, language, neardup, pii, poison, readers, shapes
 from components.data.rules import content
 from components.data.sources import hashed
 from components.data.strict import Unfit
@@ -88,24 +89,23 @@ def batches(paths: Sequence[str], tell: Tell, what: str) -> Iterator[list[Item]]
         yield batch
 
 
-def held_texts(paths: Sequence[str], whole: int, tell: Tell) -> list[contamination.Held]:
+def held_texts(paths: Sequence[str], whole: int, tell: Tell) -> pa.Table:
     """What the sets hold that is to be kept out of training. Raises ForjaError for a path that is not there."""
     by_table: dict[str, list[dict[str, Any]]] = {}
     for batch in batches(paths, tell, "eval sets"):
         for item in batch:
             if item.reason is None:
                 by_table.setdefault(item.table, []).append(item.row)
-    return [
-        held
+    tables = [
+        [h for row in rows for h in held.held_texts(table, row, whole, held.QUESTION, True)]
         for table, rows in by_table.items()
-        for held in contamination.held_texts(table, rows, whole, contamination.QUESTION, every=True)
     ]
+    return pa.concat_tables([held.HELD.empty_table(), *(held.once(held.table_of(t)) for t in tables)])
 
 
 def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str, Any]:
     """Rows, shapes, languages, duplicates, contamination, personal data, quarantine and poison of `paths`."""
-    held = held_texts(against, contamination.WHOLE, tell)
-    index = contamination.index(held) if held else None
+    index = contamination.index(held_texts(against, held.WHOLE, tell))
     read = turned = 0
     tables: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
@@ -145,10 +145,9 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
                 with_personal += 1
                 personal.update(f.kind for f in found)
         poison.count(poison.tokens(texts), counts)
-        if index is not None:
-            found_here = contaminated(index, rows)
-            dirty += len(found_here)
-            hit += found_here[: max(0, EXAMPLES - len(hit))]
+        found_here = contaminated(index, rows)
+        dirty += len(found_here)
+        hit += found_here[: max(0, EXAMPLES - len(hit))]
     copies, near, examples = duplicates(hashes, owners, signed, places)
     flagged = poisoned(paths, counts, tell)
     return {
@@ -167,20 +166,9 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
 
 def contaminated(index: contamination.Index, rows: Sequence[Item]) -> list[dict[str, str]]:
     """The rows that hold a held-out text: {row, held, phrase}."""
-    texts: list[str] = []
-    owner: list[int] = []
-    for i, item in enumerate(rows):
-        of_row = list(contamination.train_texts(item.table, item.row))
-        if item.table == "eval":
-            of_row.append(item.row["question"])
-        texts += of_row
-        owner += [i] * len(of_row)
-    seen: dict[int, dict[str, str]] = {}
-    for t, run in contamination.search(index, cut(texts)):
-        held = index.texts[int(index.owner[run])].owner
-        found = {"row": rows[owner[t]].place, "held": held, "phrase": contamination.phrase(index, run)}
-        seen.setdefault(owner[t], found)
-    return list(seen.values())
+    texts = [[*held.train_texts(i.table, i.row), *([i.row["question"]] if i.table == "eval" else [])] for i in rows]
+    found = contamination.first_of(index, texts)
+    return [{"row": rows[i].place, "held": owner, "phrase": phrase} for i, owner, phrase in found]
 
 
 def duplicates(

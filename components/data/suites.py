@@ -8,36 +8,54 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from components.data.rules import CHOICES, KINDS, LANGS, SPLITS, Limits, Row, content, said
+import numpy as np
+import pyarrow as pa
+
+from components.data.rules import CHOICES, KINDS, LANGS, SPLITS, Limits, Row, said
 
 if TYPE_CHECKING:
     import pandas
 
 EXAMPLES = 3
-
-
-def frame(table: str, rows: Sequence[Row], splits_of: Mapping[str, set[str]]) -> "pandas.DataFrame":
-    """The facts about `rows` that the suite looks at, one row each. `splits_of` maps an object to its splits."""
-    import pandas
-
-    facts: dict[str, list[Any]] = {
-        key: [row[key] for row in rows] for key in ("id", "source", "licence", "provenance", "lang", "object", "split")
+DIALOGUES = ("instructions", "preferences", "prompts")
+WORD = pa.dictionary(pa.int32(), pa.string())  # of which there are few
+FACTS = pa.schema(
+    {
+        "broken": pa.string(),  # the rule that a line breaks: it has no other facts then
+        "unwanted": pa.string(),  # why the recipe does not want the row
+        "id": pa.string(),
+        **dict.fromkeys(("source", "licence", "lang", "split", "roles", "kind"), WORD),
+        **dict.fromkeys(("provenance", "object", "damaged", "differs", "answer_beyond"), pa.bool_()),
+        **dict.fromkeys(("n_chars", "n_choices", "same_choices"), pa.int64()),
     }
-    texts = [content(table, row) for row in rows]
-    facts["n_chars"] = [len(text) for text in texts]
-    facts["damaged"] = ["\0" in text or "\ufffd" in text for text in texts]
-    facts["content"] = texts
-    facts["splits_of_object"] = [len(splits_of[row["object"]]) for row in rows]
-    if table in ("instructions", "preferences", "prompts"):
-        facts["roles"] = [" ".join(m["role"] for m in row["messages"]) for row in rows]
+)
+
+
+def facts(table: str, row: Row, text: str) -> dict[str, Any]:
+    """What the suite looks at in one row. `text` is its content."""
+    found: dict[str, Any] = {key: row[key] for key in ("id", "source", "licence", "lang", "split")}
+    found |= {key: bool(row[key].strip()) or None for key in ("provenance", "object")}
+    found |= {"n_chars": len(text), "damaged": "\0" in text or "\ufffd" in text}
+    if table in DIALOGUES:
+        found["roles"] = " ".join(m["role"] for m in row["messages"])
     if table == "preferences":
-        facts["kind"] = [row["kind"] for row in rows]
-        facts["differs"] = [said(row["chosen"]) != said(row["rejected"]) for row in rows]
+        found |= {"kind": row["kind"], "differs": said(row["chosen"]) != said(row["rejected"])}
     if table == "eval":
-        facts["same_choices"] = [len(row["choices"]) - len(set(row["choices"])) for row in rows]
-        facts["n_choices"] = [len(row["choices"]) for row in rows]
-        facts["answer_beyond"] = [not 0 <= row["answer"] < len(row["choices"]) for row in rows]
-    return pandas.DataFrame(facts)
+        many = len(row["choices"])
+        found |= {"n_choices": many, "same_choices": many - len(set(row["choices"]))}
+        found["answer_beyond"] = not 0 <= row["answer"] < many
+    return found
+
+
+def frame(table: str, kept: pa.Table, content: np.ndarray, splits_of_object: np.ndarray) -> "pandas.DataFrame":
+    """The facts about the kept rows, one row each, with a number for what each says and the splits of its object."""
+    names = ["id", "source", "licence", "provenance", "object", "lang", "split", "n_chars", "damaged"]
+    names += ["roles"] if table in DIALOGUES else []
+    names += ["kind", "differs"] if table == "preferences" else []
+    names += ["same_choices", "n_choices", "answer_beyond"] if table == "eval" else []
+    found = kept.select(names).to_pandas()
+    found["content"], found["splits_of_object"] = content, splits_of_object
+    return found
 
 
 def suite(table: str, limits: Limits) -> list[Any]:
@@ -74,11 +92,12 @@ def suite(table: str, limits: Limits) -> list[Any]:
 
 
 def expectations(
-    tables: Mapping[str, Sequence[Row]], broken: Mapping[str, Sequence[str | None]], limits: Mapping[str, Limits]
+    kept: Mapping[str, "pandas.DataFrame"], broken: Mapping[str, Sequence[str | None]], limits: Mapping[str, Limits]
 ) -> dict[str, list[dict[str, Any]]]:
     """The results of every suite by table: {expectation, column, kwargs, success, rows, unexpected, examples}.
 
-    `tables` holds the kept rows; `broken` one entry for each row read: the rule it broke, with its place, or None.
+    `kept` holds the facts about the kept rows; `broken` one entry for each row read: the rule it broke, with its place,
+    or None.
     """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which reads it
     import great_expectations as gx
@@ -89,18 +108,13 @@ def expectations(
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     source = context.data_sources.add_pandas("forja")
-    splits_of: dict[str, set[str]] = {}
-    for rows in tables.values():
-        for row in rows:
-            splits_of.setdefault(row["object"], set()).add(row["split"])
     found: dict[str, list[dict[str, Any]]] = {}
-    for table, rows in tables.items():
+    for table, facts_of in kept.items():
         mostly = 1 - limits[table].max_rejected_share
         read = pandas.DataFrame({"broken_rule": pandas.Series(broken[table], dtype=object)})
         whole = [gxe.ExpectColumnValuesToBeNull(column="broken_rule", mostly=mostly)]
-        kept = frame(table, rows, splits_of)
         found[table] = []
-        for name, data, wanted in (("read", read, whole), ("kept", kept, suite(table, limits[table]))):
+        for name, data, wanted in (("read", read, whole), ("kept", facts_of, suite(table, limits[table]))):
             asset = source.add_dataframe_asset(f"{table} {name}")
             batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": data})
             result = batch.validate(gx.ExpectationSuite(name=f"{table} {name}", expectations=wanted))

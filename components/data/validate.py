@@ -1,31 +1,32 @@
 """Validate: the rows of data/ that may be learnt from, and for every other row the reason.
 
-1. each line is read and checked against its table's rules;
+1. each line is read and checked against its table's rules, and what the later steps need of it is noted (shards.py);
 2. exact duplicates go: where copies stand in several splits, the test row stays, then the val row;
 3. where the recipe asks for it: rows in unwanted languages, near-duplicates and poison go, personal data is flagged or
    redacted;
 4. train rows that hold words of the test, or of a set that the recipe names, go;
 5. Great Expectations looks at each table as a whole, and its verdict is the stage's.
+
+Reading is done in shards by all cores or by a cluster, deciding here, on some hundred bytes a row (verdicts.py).
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+import orjson
 from pydantic import BaseModel, Field
 
 from components.artifact import ForjaError, to_json
 from components.data import clean, datadocs, suites
-from components.data.contamination import contaminated
-from components.data.rules import Limits, Row, Unfit, check, content, parse
+from components.data.rules import Limits
+from components.data.shards import TABLES, Look, Shard, lines, look, shards
+from components.data.spread import HERE, Executor, each
+from components.data.verdicts import Table, category, load, splits_of_objects
 from components.log import Log
-
-TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
-STAYS = {"test": 0, "val": 1, "train": 2}  # which of several copies is kept
-LATER = ("duplicate", "near-duplicate", "contaminated", "poison", "language")  # reasons that no rule of a row gives
 
 
 class Tables(BaseModel, frozen=True, extra="forbid"):
@@ -51,133 +52,109 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     tables: Tables
 
 
-@dataclass
-class Line:
-    """One line of a table as it was read. `reason` is why it is rejected, "" while it is kept."""
-
-    file: str
-    number: int
-    raw: bytes
-    row: Row
-    reason: str = ""
-    redacted: bytes = b""  # what is written in place of `raw`
-
-
-def run(cfg: Config, data: Path, out: Path, log: Log) -> dict[str, float]:
+def run(cfg: Config, data: Path, out: Path, log: Log, executor: Executor = HERE) -> dict[str, float]:
     """Write the kept rows of every table, rejected.jsonl, funnel.json, expectations.json and docs/index.html to `out`.
 
     Raises ForjaError, naming table, expectation and examples, when an expectation does not hold.
     """
+    work = out / ".work"
     limits: dict[str, Limits] = {table: getattr(cfg.tables, table) for table in TABLES}
-    lines = {table: list(_read(table, data, limits[table])) for table in TABLES}
-    log({"progress": 0.3}, 1)
-    for of_table in lines.values():
-        _reject_used_ids(of_table)
-    for table in TABLES:
-        _reject_duplicates(table, lines[table])
-    log({"progress": 0.4}, 2)
-    told = _clean(cfg, lines)
-    _reject_contaminated(cfg, lines)
-    log({"progress": 0.6}, 3)
-    kept = {table: [line for line in lines[table] if not line.reason] for table in TABLES}
-    broken = {table: [_broken(line) for line in lines[table]] for table in TABLES}
-    rows = {table: [line.row for line in kept[table]] for table in TABLES}
-    found = suites.expectations(rows, broken, limits)
+    tables = _looked(cfg, limits, data, work, log, executor)
+    for table in tables:
+        table.reject_used_ids()
+        table.reject_duplicates()
+        table.reject_unwanted()
+    told = _clean(cfg, tables, work, executor)
+    log({"progress": 0.6}, 2)
+    told["pii"] += _searched(cfg, tables, work, executor)
+    log({"progress": 0.8}, 3)
+    found = suites.expectations(
+        {t.name: suites.frame(t.name, t.kept(), t.contents(), s) for t, s in splits_of_objects(tables)},
+        {t.name: t.broken() for t in tables},
+        limits,
+    )
     _verdict(found)
     log({"progress": 0.9}, 4)
 
-    funnel = {table: _funnel(lines[table], kept[table]) for table in TABLES}
-    rejected = [_rejected(table, line) for table in TABLES for line in lines[table] if line.reason]
-    for table in TABLES:
-        (out / f"{table}.jsonl").write_bytes(b"".join((line.redacted or line.raw) + b"\n" for line in kept[table]))
-    page = datadocs.render(funnel, found, rejected)
-    unread = clean.unread(data)
-    rejected += unread
-    text = "".join(json.dumps(r, sort_keys=True, ensure_ascii=False) + "\n" for r in rejected)
-    (out / "rejected.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    funnel = {table.name: _funnel(table) for table in tables}
+    shown, unread = _write(tables, data, out)
+    page = datadocs.render(funnel, found, shown)
     (out / "funnel.json").write_text(to_json(funnel), encoding="utf-8", newline="\n")
     (out / "expectations.json").write_text(to_json(found), encoding="utf-8", newline="\n")
     (out / "docs").mkdir()
     (out / "docs" / "index.html").write_text(page, encoding="utf-8", newline="\n")
     (out / "flagged.json").write_text(to_json(told), encoding="utf-8", newline="\n")
+    shutil.rmtree(work)
     counts = {f"{check}.flagged": float(len(rows)) for check, rows in told.items()}
-    return _metrics(funnel, found) | counts | {"unread": float(len(unread))}
+    return _metrics(funnel, found) | counts | {"unread": float(unread)}
 
 
-def _clean(cfg: Config, lines: dict[str, list[Line]]) -> dict[str, list[dict[str, Any]]]:
-    """The checks that the recipe asks for. Returns what is only flagged, by check: {table, id, why}."""
+def _looked(
+    cfg: Config, limits: dict[str, Limits], data: Path, work: Path, log: Log, executor: Executor
+) -> list[Table]:
+    """The first pass over every table."""
+    files = [(t, p, p.relative_to(data).as_posix()) for t in TABLES for p in sorted((data / t).rglob("*.jsonl"))]
+    found = shards(files, work)
+    jobs = [
+        Look(
+            shard,
+            limits[shard.table],
+            None if cfg.languages is None else tuple(cfg.languages),
+            cfg.near_duplicates if shard.table != "eval" else None,
+            cfg.poison != "off" and shard.table != "eval",
+        )
+        for shard in found
+    ]
+    work.mkdir(parents=True)
+    for i, _ in enumerate(each(look, jobs, executor, sum(s.end - s.start for s in found)), start=1):
+        log({"progress": 0.4 * i / len(jobs)}, 1)
+    return [load(table, [s for s in found if s.table == table]) for table in TABLES]
+
+
+def _clean(cfg: Config, tables: list[Table], work: Path, executor: Executor) -> dict[str, list[dict[str, Any]]]:
+    """Near-duplicates and poison. Returns what is only flagged, by check: {table, id, why}."""
     told: dict[str, list[dict[str, Any]]] = {"pii": [], "poison": []}
-    for table in TABLES:
-        left = [line for line in lines[table] if not line.reason]
-        if cfg.languages is not None:
-            for line, why in zip(left, clean.languages(table, [x.row for x in left], cfg.languages), strict=True):
-                line.reason = why
-            left = [line for line in left if not line.reason]
-        if cfg.near_duplicates is not None and table != "eval":
-            left.sort(key=lambda line: STAYS[line.row["split"]])  # stable: the test's copy stays
-            for i, of in clean.near_duplicates(table, [x.row for x in left], cfg.near_duplicates).items():
-                left[i].reason = f"near-duplicate: of {left[of].row['id']}"
-            left = [line for line in left if not line.reason]
-        if cfg.poison != "off" and table != "eval":
-            for i in clean.poisoned(table, [x.row for x in left]):
-                told["poison"].append({"table": table, "id": left[i].row["id"], "why": "a trigger, and noise after it"})
+    for table in tables:
+        if cfg.near_duplicates is not None and table.name != "eval":
+            table.reject_near_duplicates(cfg.near_duplicates)
+        if cfg.poison != "off" and table.name != "eval" and table.shards:
+            logs = work / f"poison-{table.name}"
+            logs.mkdir()
+            found = clean.poisoned(table.shards, table.by_shard(table.good), table.by_shard(table.left), executor, logs)
+            for i in found:
+                told["poison"].append({"table": table.name, "id": table.id(i), "why": "a trigger, and noise after it"})
                 if cfg.poison == "drop":
-                    left[i].reason = "poison: noise after a phrase that other rows have before noise too"
-            left = [line for line in left if not line.reason]
-        if cfg.pii != "off":
-            for i, (row, kinds) in clean.personal(table, [x.row for x in left]).items():
-                told["pii"].append({"table": table, "id": left[i].row["id"], "why": ", ".join(kinds)})
-                if cfg.pii == "redact":
-                    left[i].row = row
-                    left[i].redacted = json.dumps(row, ensure_ascii=False).encode()
+                    table.reject(i, "poison: noise after a phrase that other rows have before noise too")
     return told
 
 
-def _read(table: str, data: Path, limits: Limits) -> Iterator[Line]:
-    """Every line of the table's files, in the order of their names. A line ends at LF alone."""
-    for path in sorted((data / table).rglob("*.jsonl")):
-        name = path.relative_to(data).as_posix()
-        with path.open("rb") as f:
-            for number, raw in enumerate(f, start=1):
-                line = Line(name, number, raw.removesuffix(b"\n"), {})
-                try:
-                    line.row = parse(line.raw)
-                    check(table, line.row, limits)
-                except Unfit as e:
-                    line.reason = str(e)
-                yield line
-
-
-def _reject_used_ids(lines: list[Line]) -> None:
-    first: dict[str, Line] = {}
-    for line in lines:
-        if not line.reason and (other := first.setdefault(line.row["id"], line)) is not line:
-            line.reason = f"id used twice: also at {other.file}:{other.number}"
-
-
-def _reject_duplicates(table: str, lines: list[Line]) -> None:
-    first: dict[str, Line] = {}
-    kept = [line for line in lines if not line.reason]
-    for line in sorted(kept, key=lambda line: STAYS[line.row["split"]]):  # stable: else in the order read
-        if (other := first.setdefault(content(table, line.row), line)) is not line:
-            line.reason = f"duplicate: of {other.row['id']}"
-
-
-def _reject_contaminated(cfg: Config, lines: dict[str, list[Line]]) -> None:
-    kept = {table: [line for line in lines[table] if not line.reason] for table in TABLES}
-    tables = {table: [line.row for line in kept[table]] for table in TABLES}
+def _searched(cfg: Config, tables: list[Table], work: Path, executor: Executor) -> list[dict[str, Any]]:
+    """Contaminated rows are rejected. Returns the rows with personal data, which are redacted where that is asked."""
+    told: list[dict[str, Any]] = []
+    found = [
+        (table, s, left) for table in tables for s, left in zip(table.shards, table.by_shard(table.left), strict=True)
+    ]
+    held = [
+        left & h
+        for table in tables
+        for left, h in zip(table.by_shard(table.left), table.by_shard(table.held()), strict=True)
+    ]
     extra = clean.held_out(cfg.decontaminate, cfg.whole)
-    for hit in contaminated(tables, cfg.ngram, cfg.whole, extra=extra):
-        kept[hit.table][hit.row].reason = f'contaminated: holds "{hit.phrase}" of {hit.held}'
-
-
-def _category(line: Line) -> str:
-    return line.reason.partition(":")[0]
-
-
-def _broken(line: Line) -> str | None:
-    """The rule that the line broke, with its place; None where it is kept or goes for what other rows hold."""
-    return f"{line.file}:{line.number} {line.reason}" if line.reason and _category(line) not in LATER else None
+    redact = cfg.pii == "redact"
+    each_shard = [s for _, s, _ in found]
+    clean.make_index(each_shard, held, extra, cfg.ngram, cfg.whole, redact, executor, work / "index")
+    jobs = [clean.Search(s, left, work / "index", cfg.pii) for _, s, left in found]
+    done = each(clean.search, jobs, executor, sum(s.end - s.start for s in each_shard))
+    for (table, shard, _), _ in zip(found, done, strict=True):
+        first = table.first[table.shards.index(shard)]
+        said = orjson.loads((shard.work / "found.json").read_bytes())
+        for i, name, why in said["pii"]:
+            told.append({"table": table.name, "id": name, "why": why})
+            if redact:
+                table.redacted.add(first + i)
+        for i, _, owner, phrase in said["contaminated"]:
+            table.reject(first + i, f'contaminated: holds "{phrase}" of {owner}')
+    return told
 
 
 def _verdict(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -190,21 +167,65 @@ def _verdict(found: dict[str, list[dict[str, Any]]]) -> None:
             raise ForjaError(f"{table}: {r['expectation']} fails on {r['column'] or 'the table'}: {counted}; {mend}")
 
 
-def _funnel(lines: list[Line], kept: list[Line]) -> dict[str, Any]:
-    counted = {key: dict(Counter(line.row[key] for line in kept)) for key in ("split", "source", "licence")}
+def _write(tables: list[Table], data: Path, out: Path) -> tuple[list[dict[str, Any]], int]:
+    """Every line of data/ goes to its table or to rejected.jsonl, and what ingest turned away behind these. Returns the
+    rejected rows that the page shows, and how many were turned away."""
+    shown: list[dict[str, Any]] = []
+    seen: Counter[tuple[str, str]] = Counter()
+    with (out / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as away:
+        for table in tables:
+            with (out / f"{table.name}.jsonl").open("wb", buffering=1 << 20) as kept:
+                for row in _sorted_out(table, kept):
+                    away.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
+                    kind = table.name, category(row["reason"])
+                    seen[kind] += 1
+                    if seen[kind] <= datadocs.EXAMPLES:
+                        shown.append(row | {"row": row["row"][: datadocs.EXAMPLE_CHARS]})
+        unread = 0
+        for row in _unread(data):
+            away.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
+            unread += 1
+    return shown, unread
+
+
+def _sorted_out(table: Table, kept: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Write the kept lines of a table, byte for byte but for what is redacted; yields the others."""
+    for shard, first in zip(table.shards, table.first, strict=False):
+        redacted = lines(Shard(shard.table, shard.work / "redacted.jsonl", "", 0, 1 << 62, shard.work))
+        for i, line in enumerate(lines(shard), start=int(first)):
+            new = next(redacted) if i in table.redacted else line
+            if table.left[i]:
+                kept.write(new + b"\n")
+            else:
+                file, number = table.place(i)
+                row = line.decode("utf-8", errors="backslashreplace")
+                yield {"table": table.name, "file": file, "line": number, "reason": table.why[i], "row": row}
+
+
+def _unread(data: Path) -> Iterator[dict[str, Any]]:
+    """What ingest turned away, as rows of rejected.jsonl."""
+    path = data / "quarantine.jsonl"
+    if path.is_file():
+        with path.open("rb") as f:
+            for r in map(json.loads, f):
+                kept = {"file": r["file"], "line": r["line"], "reason": r["reason"], "row": r["raw"]}
+                yield {"table": "unread", **kept}
+
+
+def _funnel(table: Table) -> dict[str, Any]:
+    kept = table.kept()
+    counted = {
+        key: {v["values"]: v["counts"] for v in kept.column(key).value_counts().to_pylist()}
+        for key in ("split", "source", "licence")
+    }
     return {
-        "read": len(lines),
+        "read": len(table.left),
         "kept": len(kept),
-        "rejected": dict(Counter(_category(line) for line in lines if line.reason)),
+        "rejected": dict(Counter(category(reason) for reason in table.why.values())),
         "splits": counted["split"],
         "sources": counted["source"],
         "licences": counted["licence"],
     }
-
-
-def _rejected(table: str, line: Line) -> dict[str, Any]:
-    row = line.raw.decode("utf-8", errors="backslashreplace")
-    return {"table": table, "file": line.file, "line": line.number, "reason": line.reason, "row": row}
 
 
 def _metrics(funnel: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from components.artifact import to_json
 from components.data.chat import SEPARATOR, answer_text, encode_prompt, special
-from components.data.contamination import contaminated
+from components.data.clean import contaminated
 from components.data.templates import stop
 from components.data.tokenize import rows as read_rows
 from components.log import Log
@@ -32,8 +32,6 @@ from components.release.quality import ROUGE, bleu, rouge
 from components.release.quantize import load
 from components.stats import Interval, bootstrap_mean, wilson
 from components.train.reward import Pair, items_of, score
-
-TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 
 Row = dict[str, Any]
 Found = tuple[dict[str, float], list[Row]]  # metrics, and the rows behind them
@@ -223,11 +221,7 @@ def by_prompt(values: Sequence[float] | Tensor, prompts: int) -> list[float]:
 
 def contamination(validate: Path) -> Found:
     """The rows that stages train on and that hold words of an eval row or of a test row, counted anew: none should."""
-    tables = {name: list(read_rows(validate / f"{name}.jsonl")) for name in TABLES}
-    kept: list[Row] = [
-        {"part": "contamination", "table": table, "id": tables[table][row]["id"], "held": held, "phrase": phrase}
-        for table, row, held, phrase in contaminated(tables)
-    ]
+    kept: list[Row] = [{"part": "contamination", **found} for found in contaminated(validate)]
     return {"contamination.rows": float(len(kept))}, kept
 
 

@@ -1,8 +1,12 @@
 """Contamination, counted by hand."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from components.data.contamination import Overlap, contaminated, overlaps, words
+from components.data.clean import contaminated
+from components.data.contamination import Overlap, overlaps
+from components.data.held import words
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
@@ -67,11 +71,18 @@ def row(name: str, split: str, **fields: Any) -> dict[str, Any]:
     return {"id": name, "split": split, **fields}
 
 
+def found(tables: dict[str, list[dict[str, Any]]], folder: Path) -> dict[tuple[str, str], str]:
+    """{(table, id): the held-out row} of the contaminated rows."""
+    for table, rows in tables.items():
+        (folder / f"{table}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return {(hit["table"], hit["id"]): hit["held"] for hit in contaminated(folder)}
+
+
 def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(texts)]
 
 
-def test_train_rows_that_hold_the_test_are_found_in_every_table() -> None:
+def test_train_rows_that_hold_the_test_are_found_in_every_table(tmp_path: Path) -> None:
     right = "Serialize an object to a text that others can read"  # 10 words
     tables = {
         "eval": [row("q", "val", question="What does dump do?", choices=["w", right, "x", "y"], answer=1)],
@@ -92,15 +103,15 @@ def test_train_rows_that_hold_the_test_are_found_in_every_table() -> None:
         ],
         "prompts": [row("r0", "test", messages=turns(LONG)), row("r1", "train", messages=turns(f"Well, {LONG}?"))],
     }
-    found = {(c.table, c.row): c.held for c in contaminated(tables)}
-    assert found == {("corpus", 0): "q", ("instructions", 1): "i0", ("preferences", 0): "q", ("prompts", 1): "r0"}
+    wanted = {("corpus", "c0"): "c2", ("instructions", "i1"): "i0", ("preferences", "p0"): "c2", ("prompts", "r1"): "r0"}
+    assert found(tables, tmp_path) == wanted
 
 
 def _says(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def test_a_calls_arguments_count_as_words() -> None:
+def test_a_calls_arguments_count_as_words(tmp_path: Path) -> None:
     call = {
         "role": "assistant",
         "content": "",
@@ -110,4 +121,4 @@ def test_a_calls_arguments_count_as_words() -> None:
         "corpus": [row("c", "test", text=LONG)],
         "preferences": [row("p", "train", messages=turns("Go."), chosen=call, rejected=_says("No."))],
     }
-    assert [(c.table, c.row) for c in contaminated(tables)] == [("preferences", 0)]
+    assert found(tables, tmp_path) == {("preferences", "p"): "c"}

@@ -1,0 +1,57 @@
+"""One function over many pieces of work, on all cores.
+
+What a piece of work finds it writes to files, under names that follow from the piece, so nothing depends on who does
+it, and when.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field
+
+from components.artifact import ForjaError
+from components.data.convert import cores, die_with_parent
+
+WORTH = 1 << 25  # bytes; less is done faster by this process alone than by several
+
+Job = TypeVar("Job")
+
+
+class Executor(BaseModel, frozen=True, extra="forbid"):
+    """Who does the pieces of work. No part of a result's identity: the bytes are the same whoever does them."""
+
+    workers: int | None = Field(ge=1)  # pieces at a time; null: as many as there are cores
+
+
+HERE = Executor(workers=None)
+
+
+def each(work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, size: int) -> Iterator[Job]:
+    """Do `work` for all jobs; yields each in its order once it is done. `size` is how many bytes there are to read:
+    where they are few, this process does them alone. Raises what the first piece that failed raised."""
+    workers = min(executor.workers or cores(), len(jobs))
+    if workers <= 1 or (executor.workers is None and size < WORTH):
+        for job in jobs:
+            work(job)
+            yield job
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=die_with_parent) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for job, future in zip(jobs, futures, strict=True):
+                future.result()
+                yield job
+        except BrokenProcessPool:
+            raise ForjaError(
+                f"{_named(work)}: a process that worked on it was killed; free memory, or set executor.workers lower"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _named(work: Callable[[Any], None]) -> str:
+    return getattr(work, "__name__", "work")
