@@ -40,6 +40,15 @@ def wanted() -> int:
     return 1 if "RANK" in os.environ else int(text)
 
 
+def say_what_is_not_cut(name: str) -> None:
+    """Only pretraining can be cut by depth. Where a whole run has FORJA_PIPELINE set, the other trainings go on."""
+    stages = os.environ.get("FORJA_PIPELINE") or "1"
+    if name != "pretrain" and stages != "1":
+        print(
+            f"{name}: FORJA_PIPELINE={stages} cuts pretraining alone; here each rank has the whole model and takes rows"
+        )
+
+
 def is_launched() -> bool:
     return LAUNCHED in os.environ
 

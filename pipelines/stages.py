@@ -52,6 +52,8 @@ def run_stage(root: Path, name: str) -> None:
         with ranks.failure_noted(job.diary):
             _build(job)
         return
+    if takes_scratch(job.module):
+        ranks.say_what_is_not_cut(name)
     open_diary(job.diary, name, job.mark, dvc.data_version(root), resumed=any(job.scratch.iterdir()))
     try:
         if takes_scratch(job.module) and ranks.wanted() > 1:

@@ -63,6 +63,20 @@ def test_a_stage_dies_and_resumes(ready: Path, fake: Any) -> None:
     assert run["status"] == "finished" and run["peak_memory_mb"] > 1 and run["reported"] is False
 
 
+def test_a_training_that_is_not_cut_by_depth_says_so(
+    ready: Path, fake: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.run = training(dies_at=None)
+    run_stage(ready, "quantize")
+    assert "FORJA_PIPELINE" not in capfd.readouterr().out
+    monkeypatch.setenv("FORJA_PIPELINE", "2")
+    run_stage(ready, "quantize")
+    said = [line for line in capfd.readouterr().out.split("\n") if "FORJA_PIPELINE" in line]
+    assert said == [
+        "quantize: FORJA_PIPELINE=2 cuts pretraining alone; here each rank has the whole model and takes rows"
+    ]
+
+
 def test_the_bytes_do_not_depend_on_an_interruption(ready: Path, fake: Any) -> None:
     fake.run = training(dies_at=None)
     run_stage(ready, "quantize")
