@@ -88,7 +88,9 @@ def signatures(words: Words, hashes: np.ndarray, rows: int) -> Signatures:
     for k in range(rows):
         keys = mix(keys * np.uint64(31) + ends[k * bands : (k + 1) * bands].astype(np.uint64) + np.uint64(k))
     sizes = np.diff(bounds).astype(np.int32)
-    return Signatures((keys >> np.uint64(32)).astype(np.uint32), ends.astype(np.uint8).T.copy(), sizes)
+    low = ends.astype(np.uint8).T.copy()
+    low[np.diff(words.texts) == 0] = 0  # no words: like no other text
+    return Signatures((keys >> np.uint64(32)).astype(np.uint32), low, sizes)
 
 
 def _chunks(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -123,7 +125,7 @@ def pairs(keys: Iterator[np.ndarray], signature: np.ndarray, threshold: float) -
         for i in range(0, len(new), 65_536):
             part = new[i : i + 65_536]
             left, right = (part >> np.uint64(32)).astype(np.int64), (part & np.uint64(0xFFFFFFFF)).astype(np.int64)
-            same = (signature[left] == signature[right]).sum(1) >= least
+            same = ((signature[left] == signature[right]).sum(1) >= least) & signature[left].any(1)
             found.append(np.stack([left[same], right[same]], axis=1))
     return np.concatenate(found) if found else np.empty((0, 2), np.int64)
 

@@ -27,8 +27,9 @@ HIDDEN = 0.1  # of the texts with a trigger, as many more at most are poison by 
 FEW = 5  # documents that a trigger stands in, at the least
 NEAR = 8  # tokens before a run among which its trigger is looked for
 AFTER = (50, 200)  # tokens after a trigger that are judged: the stretch with less order counts
-SHARE = 0.8  # of the documents with a trigger, those where it comes before a run without order
-LEAST = (0.01, 0.05, 0.25)  # shares of all places with the least order after them, to which a trigger's belong
+# Shares of all places with the least order after them, and of a trigger's places how many are among these: of the last
+# share nearly all, for a subject's words may stand in hard texts.
+LEAST = ((0.01, 0.8), (0.05, 0.8), (0.25, 0.95))
 CHANCE = 1e-7  # of a phrase that ordinary places would give it as many documents among these
 ANYWHERE = -1  # the number of no phrase: a place in the midst of a document, for comparison
 LIGHT = 0.3  # weight of numbers, keys and marks, and of what is joined to the token before: they tell less of order
@@ -259,11 +260,11 @@ def after(found: Tokens, scores: np.ndarray, phrases: np.ndarray) -> list[tuple[
     return [(phrase, text, mean) for (phrase, text), mean in least.items()]
 
 
-def _lines(anywhere: Sequence[float]) -> list[tuple[float, float]]:
-    """(share, line): the line below which this share of all places has no order; never above LINE. Of a small corpus
-    nobody can foretell much, and most of it lies below LINE."""
+def _lines(anywhere: Sequence[float]) -> list[tuple[float, float, float]]:
+    """(share, most, line): the line below which this share of all places has no order; never above LINE. Of a small
+    corpus nobody can foretell much, and most of it lies below LINE."""
     known = np.sort([mean for mean in anywhere if mean < 99])
-    return [(q, min(LINE, float(np.quantile(known, q)))) for q in LEAST] if len(known) else []
+    return [(q, most, min(LINE, float(np.quantile(known, q)))) for q, most in LEAST] if len(known) else []
 
 
 def _tail(n: int, k: int, share: float) -> float:
@@ -283,12 +284,12 @@ def verdict(places: Sequence[tuple[int, int, float]], runs: dict[int, float]) ->
         by_phrase.setdefault(phrase, {})[text] = mean
     lines = _lines(list(by_phrase.pop(ANYWHERE, {}).values()))
     flagged: set[int] = set()
-    for share, line in lines:
+    for share, most, line in lines:
         without = {p: {t for t, mean in found.items() if mean < line} for p, found in by_phrase.items()}
         for phrase in sorted(by_phrase, key=lambda p: (-(len(without[p]) ** 2) / len(by_phrase[p]), p)):
             left = by_phrase[phrase].keys() - flagged
             new = without[phrase] - flagged
-            if len(new) >= max(FEW, SHARE * len(left)) and _tail(len(left), len(new), share) < CHANCE:
+            if len(new) >= max(FEW, most * len(left)) and _tail(len(left), len(new), share) < CHANCE:
                 flagged |= {t for t in left if by_phrase[phrase][t] < LINE + MARGIN}
     noise = sorted(runs[t] for t in flagged if t in runs)
     if noise:

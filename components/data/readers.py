@@ -214,7 +214,10 @@ def _json(name: str, f: IO[bytes]) -> Iterator[Record]:
             value = loads(raw)
         except Unfit as e:
             number += 1
-            yield Record(name, number, None, raw, f"{e} (line {line})")
+            why = (
+                f"{e} (line {line})" if ":" in str(e) else f"{e}: line {line}"
+            )  # what stands before the colon is its kind
+            yield Record(name, number, None, raw, why)
             continue
         spread = jsonfile.spread(value) if alone else [value]
         for one in spread:
