@@ -18,7 +18,7 @@ from typing import Any
 
 from components.artifact import ForjaError, to_json
 from components.log import silent
-from components.world import from_slurm, world
+from components.world import from_launcher, world
 from pipelines.child import stream
 
 LAUNCHED = "FORJA_LAUNCHED"
@@ -33,7 +33,7 @@ class RankFailed(ForjaError):
 
 def wanted() -> int:
     """FORJA_RANKS, 1 where a launcher has already made ranks of this process and its like."""
-    from_slurm()
+    from_launcher()
     text = os.environ.get("FORJA_RANKS") or "1"
     if not text.isdigit() or int(text) < 1:
         raise ForjaError(f"FORJA_RANKS={text}: is no number of processes; set it to 1 or more")
@@ -54,7 +54,7 @@ def is_launched() -> bool:
 
 
 def is_helper() -> bool:
-    from_slurm()
+    from_launcher()
     return world()[0] > 0
 
 

@@ -23,7 +23,7 @@ from components.model.muon import Cut, Muon
 from components.model.optim import Optim, optimiser
 from components.model.ranks import added_up, micro_batch
 from components.model.scratch import Piece, Shards
-from components.world import from_slurm, world
+from components.world import from_launcher, world
 
 STATES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"step", "m", "v", "momentum"}}
 
@@ -293,7 +293,7 @@ def _deepspeed() -> Any:
     # Its shared-memory collectives are compiled at first use (over 30 s) and serve several CPU ranks only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        from_slurm()
+        from_launcher()
         backend = "nccl" if device().type == "cuda" else "gloo"
         if "RANK" not in os.environ:  # a group of one meets in memory: no port that another program could take
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
