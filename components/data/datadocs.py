@@ -6,6 +6,8 @@ Great Expectations' own pages load styles from the network and report home; this
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from components.data.verdicts import category
+
 EXAMPLES = 3
 EXAMPLE_CHARS = 400
 
@@ -98,7 +100,7 @@ def render(
 
     examples: dict[str, dict[str, list[dict[str, Any]]]] = {table: {} for table in funnel}
     for r in rejected:
-        shown = examples[r["table"]].setdefault(r["reason"].partition(":")[0], [])
+        shown = examples[r["table"]].setdefault(category(r["reason"]), [])
         if len(shown) < EXAMPLES:
             shown.append(dict(r) | {"row": r["row"][:EXAMPLE_CHARS]})
     results = [e for of_table in expectations.values() for e in of_table]

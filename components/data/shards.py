@@ -18,6 +18,7 @@ import pyarrow as pa
 import zstandard
 
 from components.data import language, neardup, poison, suites
+from components.data.quality import Quality, reasons
 from components.data.rules import Limits, Row, Unfit, check, content, parse
 from components.data.words import cut, word_hashes
 
@@ -45,6 +46,7 @@ class Look(NamedTuple):
     shard: Shard
     limits: Limits
     languages: tuple[str, ...] | None
+    quality: Quality | None
     near: float | None
     poison: bool
 
@@ -151,6 +153,9 @@ class _Seen:
         if job.languages is not None:
             for i, found in zip(self.numbers, language.identify(texts), strict=True):
                 self.facts["unwanted"][i] = foreign(found, job.languages)
+        if job.quality is not None:
+            for i, why in zip(self.numbers, reasons(texts, job.quality), strict=True):
+                self.facts["unwanted"][i] = self.facts["unwanted"][i] or why or None
         if job.near is not None:
             words = cut(texts)
             self.signed.append(neardup.signatures(words, word_hashes(words), neardup.rows_of_a_band(job.near)))

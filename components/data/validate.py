@@ -2,8 +2,8 @@
 
 1. each line is read and checked against its table's rules, and what the later steps need of it is noted (shards.py);
 2. exact duplicates go: where copies stand in several splits, the test row stays, then the val row;
-3. where the recipe asks for it: rows in unwanted languages, near-duplicates and poison go, personal data is flagged or
-   redacted;
+3. where the recipe asks for it: rows in unwanted languages, documents of low quality, near-duplicates and poison go,
+   personal data is flagged or redacted;
 4. train rows that hold words of the test, or of a set that the recipe names, go;
 5. Great Expectations looks at each table as a whole, and its verdict is the stage's.
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 
 from components.artifact import ForjaError, to_json
 from components.data import clean, datadocs, suites
+from components.data.quality import Quality
 from components.data.rules import Limits
 from components.data.shards import TABLES, Look, Shard, lines, look, shards
 from components.data.spread import HERE, Executor, each
@@ -47,6 +48,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     decontaminate: list[str]  # files or folders that must not be trained on, beside data/eval and the test split
     near_duplicates: float | None = Field(ge=0.5, lt=1)  # Jaccard similarity of runs of five words, in one table
     languages: list[str] | None  # those wanted, by what the text is in; null: any
+    quality: Quality  # of the corpus: names of filters, or a mapping with their limits
     pii: Literal["off", "flag", "redact"]
     poison: Literal["off", "flag", "drop"]
     tables: Tables
@@ -100,6 +102,7 @@ def _looked(
             shard,
             limits[shard.table],
             None if cfg.languages is None else tuple(cfg.languages),
+            cfg.quality if shard.table == "corpus" and cfg.quality != Quality() else None,
             cfg.near_duplicates if shard.table != "eval" else None,
             cfg.poison != "off" and shard.table != "eval",
         )

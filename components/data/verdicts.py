@@ -13,7 +13,8 @@ from components.data.shards import CONTENT, DIGEST, ID, OBJECT, Shard
 from components.data.suites import FACTS
 
 STAYS = {"test": 0, "val": 1, "train": 2}  # which of several copies is kept
-LATER = ("duplicate", "near-duplicate", "contaminated", "poison", "language")  # reasons that no rule of a row gives
+# Reasons that no rule of a row gives: they do not speak against the data as a whole.
+LATER = ("duplicate", "near-duplicate", "contaminated", "poison", "language", "quality")
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Table:
         """For each line the rule that it broke, with its place; None where it is kept or goes for what others hold."""
         found: list[str | None] = [None] * len(self.left)
         for i, reason in self.why.items():
-            if category(reason) not in LATER:
+            if reason.partition(":")[0] not in LATER:
                 file, line = self.place(i)
                 found[i] = f"{file}:{line} {reason}"
         return found
@@ -162,4 +163,6 @@ def splits_of_objects(tables: Sequence[Table]) -> Iterator[tuple[Table, np.ndarr
 
 
 def category(reason: str) -> str:
-    return reason.partition(":")[0]
+    """The kind that a reason is counted as: what stands before the colon, and of quality the filter too."""
+    kind, _, rest = reason.partition(":")
+    return f"{kind}:{rest.partition(':')[0]}" if kind == "quality" else kind

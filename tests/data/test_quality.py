@@ -254,3 +254,40 @@ def test_runs_of_words_against_slow_loops() -> None:
     assert ((some == again) | ((some == 0) & (again <= 20))).all()
     assert (some == 0).any()
     assert (some > 20).any()
+
+
+def test_validate_counts_by_filter_and_spares_other_tables(tmp_path: Path) -> None:
+    common = {"source": "s", "licence": "l", "provenance": "p", "lang": "en", "object": "o", "split": "train"}
+    no = {"role": "assistant", "content": "No."}
+    texts = {"a": ENGLISH, "b": "Too short a text.", "c": f"{ENGLISH} {{x}}", "d": SPANISH}
+    asked = [{"role": "user", "content": "What is that?"}]
+    answer = {"role": "assistant", "content": "A boat."}
+    tables = {
+        "corpus": [common | {"id": name, "text": text, "object": name} for name, text in texts.items()],
+        "instructions": [common | {"id": "i", "messages": [*asked, answer]}],
+        "preferences": [common | {"id": "p", "messages": asked, "chosen": answer, "rejected": no, "kind": "cut"}],
+        "prompts": [common | {"id": "q", "messages": asked}],
+        "eval": [
+            common
+            | {"id": "e", "object": "e", "question": "Which?", "choices": ["a", "b"], "answer": 0, "split": "test"}
+        ],
+    }
+    for table, rows in tables.items():
+        (tmp_path / "data" / table).mkdir(parents=True)
+        (tmp_path / "data" / table / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    limits = {"min_chars": 2, "max_chars": 10_000, "max_rejected_share": 0.0}  # quality does not count for the share
+    cfg = Config.model_validate(
+        {"ngram": 13, "whole": 8, "decontaminate": [], "near_duplicates": None, "languages": None}
+        | {"pii": "off", "poison": "off", "quality": {"gopher": {}, "c4": {"min_sentences": 4}}}
+        | {"tables": dict.fromkeys(tables, limits)}
+    )
+    (tmp_path / "out").mkdir()
+    run(cfg, tmp_path / "data", tmp_path / "out", silent)
+    funnel = json.loads((tmp_path / "out" / "funnel.json").read_bytes())
+    assert funnel["corpus"]["rejected"] == {"quality: gopher": 1, "quality: c4": 1}
+    assert all(not funnel[table]["rejected"] for table in tables if table != "corpus")
+    away = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"]) for r in away] == [
+        ("corpus/x.jsonl", 2, "quality: gopher: words 4 < 50"),
+        ("corpus/x.jsonl", 3, "quality: c4: curly brackets 1 > 0"),
+    ]

@@ -19,7 +19,7 @@ LEAK = "Serialize an object to a text that others can read"
 def config(share: float = 0.9, **more: Any) -> Config:
     limits = LIMITS.model_dump() | {"max_rejected_share": share}
     asked = {"ngram": 13, "whole": 8, "decontaminate": [], "near_duplicates": None, "languages": None}
-    asked |= {"pii": "off", "poison": "off"} | more
+    asked |= {"quality": [], "pii": "off", "poison": "off"} | more
     return Config.model_validate(asked | {"tables": dict.fromkeys(TABLES, limits)})
 
 
