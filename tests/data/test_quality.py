@@ -1,13 +1,17 @@
 """Quality filters: a hand-worked text to each rule, in English or Spanish; repetition against slow loops."""
 
+import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from components.data import repetition
 from components.data.quality import Quality, measured, reasons
+from components.data.validate import Config, run
+from components.log import silent
 
 ENGLISH = """The harbour was quiet in the morning, and the boats had not come back yet.
 A keeper walked along the wall with his lamp, which he had forgotten to put out.
