@@ -1,17 +1,21 @@
 """What stands in the checkout, and what a run would do. Reads only."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.table import Table
 
 from components.artifact import RECORD, Damaged, digest, fingerprint, read_record, sha256
-from pipelines import dvc, snapshot
+from pipelines import dvc, ranks, snapshot
 from pipelines.console import clock, console, key_metric, say
 from pipelines.identity import STAGES, bytes_of, code_hashes
 from pipelines.run import last_run
 from pipelines.stages import read_run
+
+STAGE = 13e6  # bytes of what a stage imports around its training: measured
 
 
 def plan(root: Path, params: dict[str, Any]) -> list[dict[str, Any]]:
@@ -35,7 +39,10 @@ def plan(root: Path, params: dict[str, Any]) -> list[dict[str, Any]]:
                 known[stage] = digest(root / "artifacts" / stage)
             elif read_run(diary).get("status") == "finished":
                 action, known[stage] = "restore", sha256(diary / RECORD)
-        entries.append({"stage": stage, "action": action, "reasons": reasons, **_cost(root, stage)})
+        entry = {"stage": stage, "action": action, "reasons": reasons, **_cost(root, stage)}
+        if stage == "pretrain" and action == "run":
+            entry["estimated_mb"] = estimated_mb(params[stage], params["tokenize"]["vocab_size"])
+        entries.append(entry)
     return entries
 
 
@@ -45,6 +52,43 @@ def _cost(root: Path, stage: str) -> dict[str, Any]:
     done = [r for r in runs if r["status"] == "finished" and r["seconds"] is not None]
     last = max(done, key=lambda r: float(r["ended"]), default={})
     return {"seconds": last.get("seconds"), "peak_memory_mb": last.get("peak_memory_mb")}
+
+
+def estimated_mb(recipe: dict[str, Any], vocab_size: int) -> float | None:
+    """Peak megabytes of pretraining by shape and batch (memory.py), where it runs on the CPU, by one rank, undivided.
+
+    None where it does not; where the recipe starts from a model whose shape it does not say; and for what was not held
+    against measured peaks, the z-loss and packed documents.
+    """
+    from components.model.checkpoint import default_device
+
+    divided = (os.environ.get(k, "") not in ("", off) for k, off in (("FORJA_ZERO", "0"), ("FORJA_PIPELINE", "1")))
+    other = recipe["model"] is None or recipe["z_loss"] or recipe["packing"] != "stream"
+    if other or ranks.wanted() > 1 or any(divided) or default_device().type != "cpu":
+        return None
+    from components.model.gpt import GPTConfig
+    from components.model.memory import estimate
+    from components.model.optim import Optim
+    from components.model.ranks import micro_batch
+
+    config = GPTConfig.model_validate({**recipe["model"], "vocab_size": vocab_size, "head": "lm"})
+    optim = Optim.model_validate({k: v for k, v in recipe.items() if k in Optim.model_fields})
+    micro = micro_batch(recipe["batch"])
+    how = {
+        "accumulation": recipe["batch"] // micro,
+        "recompute": os.environ.get("FORJA_RECOMPUTE") == "1",
+        "saves": recipe["save_every"] < recipe["steps"],
+    }
+    return (STAGE + estimate(config, optim, micro, recipe["context"] or config.context, **how)) / 2**20
+
+
+def memory_mb() -> float:
+    """What this process may hold: the machine's memory, or its control group's where that is less."""
+    limits = [float(psutil.virtual_memory().total)]
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            limits.append(float(text))
+    return min(limits) / 2**20
 
 
 def show_plan(entries: list[dict[str, Any]]) -> None:
@@ -57,15 +101,25 @@ def show_plan(entries: list[dict[str, Any]]) -> None:
             e["action"],
             "\n".join(e["reasons"]),
             unknown or (clock(e["seconds"]) if runs else ""),
-            f"{e['peak_memory_mb']:,.0f} MB" if runs and e["peak_memory_mb"] else "",
+            _memory(e) if runs else "",
         )
     console.print(table)
+    for e in entries:
+        if (said := e.get("estimated_mb")) and said > (room := memory_mb()):
+            mend = "set a smaller FORJA_MICRO_BATCH, or FORJA_RECOMPUTE=1, or take a smaller model"
+            say(f"{e['stage']} will need about {said:,.0f} MB, and there are {room:,.0f}: {mend}.")
     running = [e for e in entries if e["action"] in ("run", "ingest")]
     if not running:
         say("Nothing to compute.")
     elif all(e["seconds"] is not None for e in running):
         peak = max(e["peak_memory_mb"] or 0 for e in running)
         say(f"Expected: {clock(sum(e['seconds'] for e in running))}, at most {peak:,.0f} MB, as the last time.")
+
+
+def _memory(entry: dict[str, Any]) -> str:
+    last = f"{entry['peak_memory_mb']:,.0f} MB" if entry["peak_memory_mb"] else ""
+    estimated = f"about {entry['estimated_mb']:,.0f} MB, estimated" if entry.get("estimated_mb") else ""
+    return "\n".join(filter(None, (last, estimated)))
 
 
 def status(root: Path) -> dict[str, Any]:
