@@ -94,14 +94,16 @@ def test_a_request_alone_or_in_any_batch(which: str, dtype: torch.dtype, request
     config: GPTConfig = request.getfixturevalue(which)
     # bfloat16 holds at this width; at 384 a last bit was seen to differ, so no more is promised for it.
     width = 384 if dtype == torch.float32 else 48
-    model = GPT(config.model_copy(update={"context": 64, "width": width, "mlp_width": 4 * width})).eval()
+    config = config.model_copy(update={"context": 64, "width": width, "mlp_width": 4 * width})
+    # Over 1,536 inputs and more float32 has another kernel for one row; full-size weights make its rounding show.
+    model, heat = (sharp(config), 8.0) if dtype == torch.float32 else (GPT(config).eval(), 0.9)
     many = [[i % 40 for i in range(k, k + n)] for k, n in enumerate((3, 17, 1, 30, 16, 3, 8, 2, 11, 40))]
     seeds = [100 + i for i in range(len(many))]
 
     def say(order: list[int]) -> dict[int, Any]:
         asked, own = [many[i] for i in order], [seeds[i] for i in order]
         said = answers(
-            model, asked, max_new_tokens=20, stop=[0, 7], temperature=0.9, seeds=own, dtype=dtype, logprobs=True
+            model, asked, max_new_tokens=20, stop=[0, 7], temperature=heat, seeds=own, dtype=dtype, logprobs=True
         )
         return dict(zip(order, said, strict=True))
 
