@@ -1,5 +1,7 @@
 """What `forja plan` says of memory."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,11 @@ def test_the_table_shows_it_and_a_line_warns_of_too_much(monkeypatch: pytest.Mon
         text = " ".join(said.get().split())
         assert "1,500 MB" in text
         assert ("pretrain will need about 1,500 MB, and there are 1,000" in text) is warned
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage's figure is all there is")
+def test_a_stage_s_peak_is_not_its_parent_s() -> None:
+    held = bytearray(b"x" * 600_000_000)
+    asked = "from pipelines.stages import _own_peak; print(_own_peak())"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 20_000 < int(done.stdout) < len(held) // 1024
