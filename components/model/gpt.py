@@ -44,7 +44,7 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     activation: Literal["gelu", "swiglu", "relu2"]
     window: int | None = Field(ge=1)  # positions that a query sees, itself included; None: all before it
     qk_norm: bool
-    bias: Literal["all", "qkv", "none"]
+    bias: Literal["all", "attention", "qkv", "none"]
     tied: bool
     logit_cap: float | None = Field(gt=0)  # logits become cap * tanh(logits / cap)
     smear: bool  # a learned share of the previous token's embedding: one layer fewer to learn to copy
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.window = config.window
         rows = (config.heads + 2 * config.kv_heads) * self.head
         self.qkv = nn.Linear(config.width, rows, bias=config.bias != "none")
-        self.out = nn.Linear(config.heads * self.head, config.width, bias=config.bias == "all")
+        self.out = nn.Linear(config.heads * self.head, config.width, bias=config.bias in ("all", "attention"))
         self.q_norm = make_norm(config, self.head) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head) if config.qk_norm else nn.Identity()
 

@@ -14,6 +14,7 @@ from components.artifact import ForjaError
 from components.model.gpt import GPTConfig
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 CONFIG = "config.json"
 Read = tuple[dict[str, Any], list[str]]  # our shape, and what is wrong
 
@@ -125,18 +126,14 @@ def _unless(c: dict[str, Any], key: str, *allowed: Any, default: Any) -> list[st
 
 
 def _bias_in(c: dict[str, Any], family: str) -> tuple[str, list[str]]:
-    """Qwen2 has biases at queries, keys and values always; the others all of them or none."""
-    attention, mlp = bool(c.get("attention_bias", False)), bool(c.get("mlp_bias", False))
+    """Qwen2 has biases at queries, keys and values always, Mistral none."""
     if family == "qwen2":
         return "qkv", []
-    if family == "llama" and attention and mlp:
-        return "all", []
-    wrong = [
-        f"{key}: our GPT has biases everywhere, at queries, keys and values, or none"
-        for key, on in (("attention_bias", attention and family != "mistral"), ("mlp_bias", mlp and family == "llama"))
-        if on
-    ]
-    return "none", wrong
+    attention = family in ("llama", "qwen3") and bool(c.get("attention_bias", False))
+    mlp = family == "llama" and bool(c.get("mlp_bias", False))
+    if attention:
+        return "all" if mlp else "attention", []
+    return "none", ["mlp_bias: our GPT has biases at the MLP only where it has them at attention too"] if mlp else []
 
 
 def _window_in(c: dict[str, Any], family: str, layers: int) -> tuple[int | None, list[str]]:
@@ -161,8 +158,11 @@ def _window_in(c: dict[str, Any], family: str, layers: int) -> tuple[int | None,
 
 
 def _rope_in(c: dict[str, Any]) -> tuple[dict[str, Any] | None, float, list[str]]:
-    """(scaling, theta, what is wrong), as transformers 5 writes them (`rope_parameters`) or as 4 did."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    """(scaling, theta, what is wrong), as transformers 5 writes them (`rope_parameters`) or as 4 did: where a file has
+    both, transformers reads the older.
+
+    `dynamic` scaling begins behind `max_position_embeddings`, which is our context: up to there it is none."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     wrong = _unless({**c, **rope}, "partial_rotary_factor", 1, None, default=1)
@@ -173,6 +173,8 @@ def _rope_in(c: dict[str, Any]) -> tuple[dict[str, Any] | None, float, list[str]
     )
     if any(isinstance(value, dict) for value in rope.values()):
         return None, theta, ["rope_parameters: one set for each kind of layer; our GPT has one for all"]
+    if kind == "linear":
+        return {"kind": kind, "factor": rope["factor"]}, theta, wrong
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor")
         return {"kind": kind, **{k: rope[k] for k in keys}, "original_context": original}, theta, wrong
@@ -186,7 +188,9 @@ def _rope_in(c: dict[str, Any]) -> tuple[dict[str, Any] | None, float, list[str]
         betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
         scaling = {"kind": kind, "factor": factor, "original_context": original, "attention_factor": sharpened, **betas}
         return scaling, theta, wrong
-    return None, theta, wrong + ([] if kind == "default" else [f"rope_type: {kind!r} is none of default, llama3, yarn"])
+    if kind not in ROPES:
+        wrong.append(f"rope_type: {kind!r} is none of {', '.join(ROPES)}")
+    return None, theta, wrong
 
 
 def from_gpt(config: GPTConfig, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -199,10 +203,10 @@ def from_gpt(config: GPTConfig, folder: Path) -> tuple[str, dict[str, Any]]:
         wanted |= {"bias": "all", "qk_norm": False, "window": None, "kv_heads": config.heads}
         wanted |= {"head_width": config.width // config.heads}
     elif config.qk_norm:
-        family, wanted["bias"] = "qwen3", "none"
+        family, wanted["bias"] = "qwen3", "attention" if config.bias == "attention" else "none"
     elif config.bias == "qkv":
         family = "qwen2"
-    elif config.bias == "all":
+    elif config.bias in ("all", "attention"):
         family, wanted["window"] = "llama", None
     else:
         family = "mistral" if config.window or config.width % config.heads else "llama"
@@ -247,13 +251,17 @@ def _llama_out(config: GPTConfig, family: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
     }
     if family == "llama":
-        out |= {"attention_bias": config.bias == "all", "mlp_bias": config.bias == "all"}
+        out |= {"attention_bias": config.bias != "none", "mlp_bias": config.bias == "all"}
     else:
         out["sliding_window"] = config.window
+    if family == "qwen3":
+        out["attention_bias"] = config.bias == "attention"
     if family.startswith("qwen"):
         out |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
     if config.rope_scaling is not None:
         scaling = {k: v for k, v in config.rope_scaling.model_dump().items() if v is not None}
-        kind, original = scaling.pop("kind"), scaling.pop("original_context")
-        out["rope_scaling"] = {"rope_type": kind, **scaling, "original_max_position_embeddings": original}
+        kind, original = scaling.pop("kind"), scaling.pop("original_context", None)
+        out["rope_scaling"] = {"rope_type": kind, **scaling}
+        if original is not None:
+            out["rope_scaling"]["original_max_position_embeddings"] = original
     return out

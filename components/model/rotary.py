@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), and the two ways in which they are stretched to longer contexts."""
+"""Rotary positions (Su et al. 2021), and the three ways in which they are stretched to longer contexts."""
 
 import math
 from typing import Literal
@@ -6,6 +6,13 @@ from typing import Literal
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+
+
+class LinearScaling(BaseModel, frozen=True, extra="forbid"):
+    """Every rotation is slowed by `factor` (Chen et al. 2023)."""
+
+    kind: Literal["linear"]
+    factor: float
 
 
 class Llama3Scaling(BaseModel, frozen=True, extra="forbid"):
@@ -29,7 +36,7 @@ class YarnScaling(BaseModel, frozen=True, extra="forbid"):
     attention_factor: float | None  # None: 0.1 ln(factor) + 1 (section 3.4)
 
 
-Scaling = Llama3Scaling | YarnScaling
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def frequencies(head: int, theta: float, scaling: Scaling | None) -> tuple[Tensor, float]:
@@ -37,6 +44,8 @@ def frequencies(head: int, theta: float, scaling: Scaling | None) -> tuple[Tenso
     base = theta ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
     if scaling is None:
         return base, 1.0
+    if isinstance(scaling, LinearScaling):
+        return base / scaling.factor, 1.0
     if isinstance(scaling, Llama3Scaling):
         turns = scaling.original_context * base / (2 * math.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -25,6 +25,11 @@ CONFIGS = {
     "llama": LlamaConfig(**COMMON),
     "llama-tied-wide": LlamaConfig(**COMMON, head_dim=12, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
+    "llama-attention-biases": LlamaConfig(**COMMON, attention_bias=True),
+    "llama-linear": LlamaConfig(**COMMON, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}),
+    "llama-dynamic": LlamaConfig(
+        **COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0}
+    ),
     "llama3": LlamaConfig(**COMMON, rope_parameters=LLAMA3),
     "llama-yarn": LlamaConfig(**COMMON, rope_parameters=YARN),
     "llama-yarn-sharp": LlamaConfig(**COMMON, rope_parameters=SHARP),
@@ -35,6 +40,7 @@ CONFIGS = {
     "qwen2-window": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     "qwen2-yarn": Qwen2Config(**COMMON, rope_parameters=YARN),
     "qwen3": Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True),
+    "qwen3-biases": Qwen3Config(**COMMON, head_dim=8, attention_bias=True),
     "qwen3-window": Qwen3Config(
         **COMMON | {"num_key_value_heads": 4},
         head_dim=8,

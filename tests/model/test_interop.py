@@ -138,6 +138,14 @@ def test_older_files(tmp_path: Path) -> None:
     import_model(source, tmp_path / "ours-llama")
     agree(load(tmp_path / "ours-llama", "cpu").model, theirs)
 
+    old = {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0}  # transformers 4.40's words
+    source = saved(random_model(CONFIGS["llama"]), tmp_path / "linear")
+    for n, new in enumerate((None, {"rope_type": "default", "rope_theta": 7.0})):  # alone, and beside the newer key
+        cut(source, old | {"rope_parameters": new})
+        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        import_model(source, tmp_path / f"ours-{n}")
+        agree(load(tmp_path / f"ours-{n}", "cpu").model, theirs)
+
     theirs = random_model(CONFIGS["gpt2"])
     source = saved(theirs, tmp_path / "gpt2")
     state = {k.removeprefix("transformer."): v for k, v in load_file(source / "model.safetensors").items()}
@@ -157,10 +165,10 @@ def test_older_files(tmp_path: Path) -> None:
         ("llama", {"model_type": "mamba"}, "model_type 'mamba' is none of gpt2, llama"),
         ("llama", {"model_type": None}, "model_type None"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
-        ("llama", {"attention_bias": True}, "attention_bias: our GPT has biases everywhere"),
         ("llama", {"mlp_bias": True}, "mlp_bias: our GPT"),
-        ("qwen3", {"attention_bias": True}, "attention_bias: our GPT"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' is none of"),
+        ("llama", {"attention_bias": True}, "model.layers.0.self_attn.o_proj.bias: missing"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type: 'longrope' is none of"),
+        ("llama", {"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "factor: missing"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate: False"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set for each kind of layer"),
