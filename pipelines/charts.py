@@ -85,8 +85,11 @@ def binned(points: list[tuple[float, float]], slots: int = SLOTS) -> list[_Bin]:
     ]
 
 
-def line_chart(title: str, series: list[Series], note: str = "") -> Markup:
-    """A figure with up to three lines over steps. Series without points are left out; with none, a plain remark."""
+def line_chart(title: str, series: list[Series], note: str = "", along: str = "step") -> Markup:
+    """A figure with up to three lines over steps, or whatever runs `along` it in whole numbers.
+
+    Series without points are left out; with none, a plain remark.
+    """
     series = [Series(s.name, [p for p in s.points if math.isfinite(p[0] + p[1])]) for s in series]
     series = [s for s in series if s.points]
     if not series:
@@ -110,14 +113,14 @@ def line_chart(title: str, series: list[Series], note: str = "") -> Markup:
         key = Markup('<path class="line c{}" d="M{} 16h18"/><text x="{}" y="20">{}</text>')
         parts.append(key.format(i, legend, legend + 23, s.name))
         legend += 40 + 9 * len(s.name)
-    parts.append(_tips(series, px, py))
+    parts.append(_tips(series, px, py, along))
     said = "; ".join(f"{s.name} from {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in series)
     last = number(max(s.points[-1][0] for s in series))
     return Markup(
         '<figure class="chart"><figcaption>{}</figcaption>'
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}, by step up to {}: {}">{}</svg>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}, by {} up to {}: {}">{}</svg>'
         '<p class="note">{}</p></figure>'
-    ).format(title, WIDTH, HEIGHT, title, last, said, Markup("").join(parts), note)
+    ).format(title, WIDTH, HEIGHT, title, along, last, said, Markup("").join(parts), note)
 
 
 def bar(value: float, whole: float, css: str = "c0") -> Markup:
@@ -218,8 +221,8 @@ def _grid(px: Scale, py: Scale, x_span: tuple[float, float], y_span: tuple[float
     return Markup("").join(parts)
 
 
-def _tips(series: list[Series], px: Scale, py: Scale) -> Markup:
-    """Invisible columns; the one under the pointer shows its step and each line's nearest value, by style alone."""
+def _tips(series: list[Series], px: Scale, py: Scale, along: str) -> Markup:
+    """Invisible columns; the one under the pointer shows its place and each line's nearest value, by style alone."""
     steps = sorted({x for s in series for x, _ in s.points})
     steps = steps[:: max(1, math.ceil(len(steps) / TIPS))]
     parts = []
@@ -228,7 +231,7 @@ def _tips(series: list[Series], px: Scale, py: Scale) -> Markup:
         right = WIDTH - RIGHT if i == len(steps) - 1 else (px(step) + px(steps[i + 1])) / 2
         near = [min(s.points, key=lambda p: abs(p[0] - step)) for s in series]
         said = [Markup('<tspan class="c{}">{}</tspan>').format(k, number(y)) for k, (_, y) in enumerate(near)]
-        said = [Markup("step {}").format(number(step)), *said]
+        said = [Markup("{} {}").format(along, number(step)), *said]
         dots = [
             Markup('<circle class="dot c{}" cx="{}" cy="{}" r="3.4"/>').format(k, px(x), py(y))
             for k, (x, y) in enumerate(near)

@@ -122,11 +122,21 @@ def gates(root: Path) -> Section:
 
 
 def training(root: Path) -> Section:
-    """The loss of the four trainings by step."""
+    """The loss of the four trainings by step, and how well the reward model knows what it knows."""
     gaps: list[str] = []
     rows = {stage: read_rows(root, f"artifacts/{stage}/curves.jsonl", Numbers, gaps) for stage in TRAININGS}
     charts = [chart(rows[stage], *spec) for stage, specs in TRAININGS.items() if rows[stage] for spec in specs]
-    return {"charts": charts, "gaps": gaps}
+    bins = read(root, "artifacts/reward/calibration.json", list[sources.Bin], gaps)
+    return {"charts": [*charts, *([calibration(bins)] if bins else [])], "gaps": gaps}
+
+
+def calibration(bins: list[sources.Bin]) -> Markup:
+    """The share of held-out verdicts that is right by how sure the reward model is of them, in percent."""
+    right = [(float(round(100 * b.confidence)), 100 * b.value) for b in bins]
+    series = [Series("right", right), Series("as sure as right", [(x, x) for x, _ in right])]
+    n = sum(b.n for b in bins)
+    note = f"Of {n} held-out verdicts: the share that is right by the probability that the model gives it, in %."
+    return line_chart("Reward model · calibration", series, note, along="confidence %")
 
 
 def ppo(root: Path) -> Section:

@@ -39,6 +39,14 @@ class Sample(BaseModel):
     reference: str | None = None
 
 
+class Bin(BaseModel):
+    """Held-out verdicts of the reward model of about one confidence, and the share of them that is right."""
+
+    confidence: float
+    value: float
+    n: int
+
+
 class Row(BaseModel):
     """A row of evaluate's rows.jsonl; those of the parts `quality` and `gain` hold answers."""
 

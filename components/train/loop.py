@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from components.artifact import ForjaError
@@ -34,6 +34,20 @@ class Training(Optim, frozen=True, extra="forbid"):
     batch: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     save_every: int = Field(ge=1)
+
+
+class FineTuning(Training, frozen=True, extra="forbid"):
+    """What SFT and the reward model, which learn from conversations, have in common beside."""
+
+    long: Literal["cut", "drop"]  # what becomes of conversations longer than the context
+    keep: Literal["best", "last"]  # the step whose weights are kept: that of the lowest held-out loss, or the last
+
+    @field_validator("keep")
+    @classmethod
+    def _no_average_of_it(cls, keep: str, info: ValidationInfo) -> str:
+        if keep == "best" and info.data.get("ema") is not None:
+            raise ValueError("best, and ema keeps an average of all steps; set keep to last, or ema to null")
+        return keep
 
 
 class Diverged(ForjaError):

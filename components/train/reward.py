@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -26,23 +26,14 @@ from components.model.checkpoint import default_device as device
 from components.model.gpt import GPT
 from components.model.losses import by_length, pad_right, preference_loss
 from components.train import judgement
-from components.train.loop import Training, fit
+from components.train.loop import FineTuning, fit
 
 CALIBRATION = "calibration.json"
 
 
-class Config(Training, frozen=True, extra="forbid"):
+class Config(FineTuning, frozen=True, extra="forbid"):
     margin: float = Field(ge=0)  # by which the better answer should lead; a row may have its own
-    long: Literal["cut", "drop"]  # what becomes of dialogues longer than the context
-    keep: Literal["best", "last"]  # the step whose weights are kept: that of the lowest held-out loss, or the last
     val_rows: int = Field(ge=2)
-
-    @field_validator("keep")
-    @classmethod
-    def _no_average_of_it(cls, keep: str, info: ValidationInfo) -> str:
-        if keep == "best" and info.data.get("ema") is not None:
-            raise ValueError("best, and ema keeps an average of all steps; set one of them to last or null")
-        return keep
 
 
 class Pair(NamedTuple):

@@ -68,6 +68,8 @@ def fill(stage: str, folder: Path) -> None:
     if stage == "reward":
         curve = [r | {"accuracy": 1 - r["loss"] / 1.5} for r in supervised(120, 0.7, 0.2)]
         rows(folder / "curves.jsonl", [r | ({"val_accuracy": 0.9} if "val_loss" in r else {}) for r in curve])
+        bins = [{"confidence": c, "value": v, "low": v - 0.1, "high": v + 0.1, "n": 40} for c, v in CALIBRATION]
+        (folder / "calibration.json").write_text(to_json(bins))
     if stage == "ppo":
         rows(folder / "curves.jsonl", [ppo_row(s) for s in range(1, 41)])
     if stage in ("sft", "ppo"):
@@ -83,6 +85,9 @@ def fill(stage: str, folder: Path) -> None:
         (folder / "metrics.json").write_text(to_json(metrics))
     if stage == "evaluate":
         evaluated(folder)
+
+
+CALIBRATION = [(0.55, 0.5), (0.74, 0.7), (0.95, 0.9)]
 
 
 def ppo_row(step: int) -> dict:
@@ -201,7 +206,7 @@ def test_whole_run(checkout: Path) -> None:
     assert [a["id"] for t, a in page.tags if t == "section"] == [
         *("gates", "training", "ppo", "samples", "data", "quality", "lineage", "cost", "recipe")
     ]
-    assert sum(t == "figure" for t, _ in page.tags) == 12
+    assert sum(t == "figure" for t, _ in page.tags) == 13
     gate = " ".join(section(checkout, "gates").split())
     assert "better than xzholds 2.104below 2.3110.207 2.104 is below 2.311" in gate
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
@@ -314,3 +319,11 @@ def test_units() -> None:
     assert [duration(s) for s in (0.84, 42.4, 185, 7800)] == ["0.8 s", "42 s", "3 min 05 s", "2 h 10 min"]
     assert total([{"a": 1, "b": 2}, {"a": 4}]) == {"a": 5, "b": 2}
     assert visible("a\n\tb\x00é") == "a\n\tb⟨U+0000⟩é"
+
+
+def test_calibration_is_drawn_against_what_is_right(checkout: Path) -> None:
+    """Three bins of 40 verdicts; the model is surer than it is right."""
+    said = [a.get("aria-label", "") for t, a in report(checkout).tags if t == "svg"]
+    (drawn,) = (text for text in said if text.startswith("Reward model · calibration"))
+    assert drawn.endswith("by confidence % up to 95: right from 50 to 90; as sure as right from 55 to 95")
+    assert "Of 120 held-out verdicts" in section(checkout, "training")

@@ -136,10 +136,10 @@ def test_sft_may_use_the_template_that_came_with_the_model(tmp_path: Path) -> No
     out, _ = chain(tmp_path, source, steps=0, context=48)
     cfg = RECIPES[sft].model_copy(update={"prompts": {"en": {"jinja": "own"}}, "steps": 1})
     (tmp_path / "sft").mkdir()
-    sft.run(cfg, tmp_path / "validate", out, tmp_path / "sft", tmp_path / "scratch", silent)
+    sft.run(cfg, tmp_path / "validate", tmp_path / "tokenize", out, tmp_path / "sft", tmp_path / "scratch", silent)
     _, cut, prompts = load(tmp_path / "sft", "cpu")
     assert prompts == {"en": {"jinja": text, "bos_token": "<s>", "eos_token": "</s>"}}
     assert stop(cut, prompts) == cut.token_to_id("</s>")
     (out / "template.json").unlink()
     with pytest.raises(ForjaError, match=r"sft\.prompts: own, and no chat template came with"):
-        sft.run(cfg, tmp_path / "validate", out, tmp_path / "sft", tmp_path / "scratch", silent)
+        sft.run(cfg, tmp_path / "validate", tmp_path / "tokenize", out, tmp_path / "sft", tmp_path / "scratch", silent)

@@ -40,12 +40,22 @@ RLHF = {
     "gamma": 1.0,
 }
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
+SFT = {"long": "cut", "keep": "best"}
 CONFIGS = {
     pretrain: pretrain.Config(
         **TRAINING, z_loss=0.0, model=SHAPE, init=None, context=None, packing="stream", val_windows=2, samples=["Doc"]
     ),
-    sft: sft.Config(**TRAINING, z_loss=1e-4, prompts=PROMPTS, val_rows=4, sample_rows=2),
-    reward: reward.Config(**TRAINING, margin=0.0, long="cut", keep="best", val_rows=4),
+    sft: sft.Config(
+        **TRAINING | SFT,
+        z_loss=1e-4,
+        prompts=PROMPTS,
+        packing="bestfit",
+        replay=1,
+        lora=None,
+        val_rows=4,
+        sample_rows=2,
+    ),
+    reward: reward.Config(**TRAINING | SFT, margin=0.0, val_rows=4),
     ppo: ppo.Config(**TRAINING | {"matrix_lr": None}, **RLHF, val_rows=4, sample_rows=2),
 }
 
