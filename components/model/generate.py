@@ -76,7 +76,8 @@ def answers(model: GPT | Decoder, prompts: Sequence[Sequence[int]], **options: U
 def stream(model: GPT | Decoder, prompts: Sequence[Sequence[int]], **options: Unpack[Options]) -> Iterator[Token]:
     """Continue each prompt until a stop, `max_new_tokens` or the end of the context: one Token a step and request.
 
-    A prompt that leaves no room for an answer keeps its last tokens. Raises ValueError for an empty prompt.
+    A prompt that leaves no room for an answer keeps its last tokens. Raises ValueError for an empty prompt, and for
+    an option that means nothing.
     """
     if not prompts:
         return
@@ -86,6 +87,8 @@ def stream(model: GPT | Decoder, prompts: Sequence[Sequence[int]], **options: Un
     how.check()
     stop = options["stop"]
     stops = {stop} if isinstance(stop, int) else set(stop)
+    if options["max_new_tokens"] < 0:
+        raise ValueError(f"max_new_tokens must be at least 0: {options['max_new_tokens']}")
     new = min(options["max_new_tokens"], model.config.context - 1)
     kept = [list(p)[-(model.config.context - new) :] for p in prompts]
     decode, stop_strings = options.get("decode"), options.get("stop_strings", ())

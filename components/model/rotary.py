@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 
@@ -12,7 +12,7 @@ class LinearScaling(BaseModel, frozen=True, extra="forbid"):
     """Every rotation is slowed by `factor` (Chen et al. 2023)."""
 
     kind: Literal["linear"]
-    factor: float
+    factor: float = Field(gt=0)
 
 
 class Llama3Scaling(BaseModel, frozen=True, extra="forbid"):

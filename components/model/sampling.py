@@ -1,9 +1,12 @@
 """How a token is chosen from logits [N, vocab]: free functions, each the usual definition of its name."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+COLDEST = 1e-6  # below it logits over temperature leave float32; greedy is temperature 0
 
 
 class Sampling(NamedTuple):
@@ -17,8 +20,10 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for a setting that means nothing."""
-        if self.repetition_penalty <= 0 or self.temperature < 0 or self.top_k < 0:
-            raise ValueError(f"repetition_penalty must be above 0, temperature and top_k at least 0: {self}")
+        if not 0 < self.repetition_penalty < math.inf or self.top_k < 0:
+            raise ValueError(f"repetition_penalty must be above 0 and finite, top_k at least 0: {self}")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0, or at least {COLDEST} and finite: {self}")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, min_p between 0 and 1: {self}")
 

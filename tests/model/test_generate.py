@@ -254,5 +254,20 @@ def test_the_context_is_the_limit(tiny: GPTConfig) -> None:
     with pytest.raises(ValueError, match="empty prompt"):
         generate(model, [[]], max_new_tokens=1, stop=0)
     assert generate(model, [], max_new_tokens=1, stop=0) == []
+    assert generate(model, [[1], [2, 3]], max_new_tokens=0, stop=0) == [[], []]
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(model, [[1]], max_new_tokens=-1, stop=0)
     with pytest.raises(ValueError, match="top_p"):
         generate(model, [[1]], max_new_tokens=1, stop=0, top_p=0.0)
+
+
+def test_the_widest_and_the_narrowest_settings(tiny: GPTConfig) -> None:
+    """What lets all through changes nothing, and what lets one through is greedy."""
+    model = sharp(tiny)
+    say = lambda **how: generate(model, PROMPTS, max_new_tokens=12, stop=-1, **how)  # noqa: E731
+    free, greedy = say(temperature=1.0), say()
+    assert free != greedy
+    assert say(temperature=1.0, top_k=40) == say(temperature=1.0, top_k=999) == free
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}):
+        assert say(temperature=1.0, **narrow) == greedy
+    assert say(temperature=1e-6) == greedy

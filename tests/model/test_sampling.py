@@ -100,7 +100,20 @@ def test_sampling_follows_the_probabilities(tiny: GPTConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 1.5}, {"min_p": 2.0}, {"repetition_penalty": 0.0}]
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": 1e-38},  # logits over it are infinite, and no token is the likeliest
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": float("nan")},
+    ],
 )
 def test_settings_that_mean_nothing(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
