@@ -177,7 +177,7 @@ def samples(root: Path) -> Section:
 
 
 def funnel(root: Path) -> Section:
-    """How many rows came in, which were turned away and why, and where the kept ones come from."""
+    """What was read of each source; how many rows came in, which were turned away and why, and whose the kept are."""
     gaps: list[str] = []
     tables = read(root, "artifacts/validate/funnel.json", dict[str, sources.Table], gaps) or {}
     docs = "artifacts/validate/docs/index.html"
@@ -187,6 +187,7 @@ def funnel(root: Path) -> Section:
     by_lang = {key.removeprefix("bytes_per_token."): value for key, value in tokens.items() if "token." in key}
     return {
         "tables": tables,
+        "taken": read(root, "data/sources.json", list[sources.Source], gaps) or [],
         "bytes_per_token": dict(sorted(by_lang.items())),
         "sources": sources.total(t.sources for t in tables.values()),
         "licences": sources.total(t.licences for t in tables.values()),

@@ -33,6 +33,18 @@ class Table(BaseModel):
     licences: dict[str, int]
 
 
+class Source(BaseModel):
+    """One entry of data/sources.json: what was read, where it came from, and under which licences the kept rows are."""
+
+    source: str
+    given: str = Field(alias="from")
+    files: int
+    read: int
+    kept: int
+    quarantined: int
+    licences: dict[str, int]
+
+
 class Sample(BaseModel):
     prompt: str
     text: str

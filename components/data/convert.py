@@ -54,9 +54,10 @@ class Job(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a source says of all its rows."""
+    """What a source says of all its rows. `version` is what was read where a file's name does not tell it."""
 
     label: str
+    version: str | None
     shape: str | None
     licence: str
     lang: str | None
@@ -65,12 +66,14 @@ class Origin(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Records read, kept and turned away; rows by (shape, table) and by split; the quarantine by kind of reason."""
+    """Records read, kept and turned away; rows by (shape, table), by split and by licence; the quarantine by kind of
+    reason."""
 
     read: int
     kept: int
     rows: Counter[tuple[str, str]]
     splits: Counter[str]
+    licences: Counter[str]
     reasons: Counter[str]
 
     @property
@@ -81,7 +84,7 @@ class Tally(NamedTuple):
         return Tally(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NOTHING = Tally(0, 0, Counter(), Counter(), Counter())
+NOTHING = Tally(0, 0, Counter(), Counter(), Counter(), Counter())
 
 
 def die_with_parent() -> None:
@@ -193,6 +196,7 @@ def convert(
     read = kept = 0
     rows: Counter[tuple[str, str]] = Counter()
     splits: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for record in found:
         read += 1
@@ -211,7 +215,8 @@ def convert(
             files.write(of_table, to_line(row))
             rows[name, of_table] += 1
             splits[row["split"]] += 1
-    return Tally(read, kept, rows, splits, reasons)
+            licences[row["licence"]] += 1
+    return Tally(read, kept, rows, splits, licences, reasons)
 
 
 def _made(
@@ -254,7 +259,7 @@ def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
         "id": place,
         "source": origin.label,
         "licence": origin.licence,
-        "provenance": f"{record.file}, line {record.line}",
+        "provenance": f"{origin.version}: {place}" if origin.version else f"{record.file}, line {record.line}",
         "line": place,
     }
     if not own:

@@ -1,5 +1,5 @@
 """Sets of the Hugging Face hub, streamed: hf:org/name, with a configuration hf:org/name:config, and of a certain
-revision hf:org/name@revision."""
+revision hf:org/name@revision. Without one it is the newest, and each row's provenance says which that was."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ from components.data.tables import as_text
 
 
 class Set(NamedTuple):
-    """One split of a set: its name as a file, its records, its licence."""
+    """One split of a set: its name as a file, its records, its licence, and the revision that is read."""
 
     name: str
     records: Iterator[Record]
     licence: str | None
+    revision: str | None
 
 
 def parse(source: str) -> tuple[str, str | None, str | None]:
@@ -32,6 +33,8 @@ def splits(source: str, label: str) -> list[Set]:
     import datasets
 
     name, config, revision = parse(source)
+    licence, newest = _about(name, revision)
+    revision = revision or newest
     try:
         found: Any = datasets.load_dataset(name, config, revision=revision, streaming=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
@@ -40,20 +43,19 @@ def splits(source: str, label: str) -> list[Set]:
             f"{source}: the hub does not give it ({why}); check the name, or save it and give its folder"
         ) from None
     sets = found.items() if hasattr(found, "items") else [(str(found.split or "train"), found)]
-    licence = _licence(name, revision)
-    return [Set(f"{label}/{split}", _records(f"{label}/{split}", rows), licence) for split, rows in sets]
+    return [Set(f"{label}/{split}", _records(f"{label}/{split}", rows), licence, revision) for split, rows in sets]
 
 
-def _licence(name: str, revision: str | None) -> str | None:
-    """What the set's card says, or None."""
+def _about(name: str, revision: str | None) -> tuple[str | None, str | None]:
+    """The licence that the set's card names, and the commit; None where the hub does not say."""
     import huggingface_hub
 
     try:
-        card = huggingface_hub.dataset_info(name, revision=revision).card_data
-    except (OSError, ValueError):
-        return None
-    said = getattr(card, "license", None)
-    return said if isinstance(said, str) and said.strip() else None
+        info = huggingface_hub.dataset_info(name, revision=revision)
+    except Exception:  # noqa: BLE001  # its HTTP library's own, too; whoever loads the set says what is the matter
+        return None, None
+    said = getattr(info.card_data, "license", None)
+    return said if isinstance(said, str) and said.strip() else None, info.sha
 
 
 def _records(name: str, rows: Any) -> Iterator[Record]:

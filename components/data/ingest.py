@@ -14,6 +14,7 @@ quarantine.jsonl holds, with file, line and reason, every record that was read a
 import json
 import multiprocessing
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -66,7 +67,7 @@ def ingest(
     Raises ForjaError when a source is not there or holds nothing.
     """
     with building(out) as folder:
-        counts, told = _all(cfg, folder, log)
+        counts, told = _all(cfg, folder, log, config)
         (folder / "sources.json").write_text(to_json(told), encoding="utf-8", newline="\n")
         (folder / "quarantine.jsonl").touch()
         write_record(folder, "ingest", config=config or cfg.model_dump(mode="json"), inputs=inputs, metrics=counts)
@@ -74,27 +75,30 @@ def ingest(
     return counts
 
 
-def _all(cfg: Config, folder: Path, log: Log) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _all(
+    cfg: Config, folder: Path, log: Log, config: dict[str, Any] | None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     names = [s.source for s in cfg.sources]
     told: list[dict[str, Any]] = []
     extra: dict[str, float] = {}
     counts = {f"{table}.rows": 0.0 for table in TABLES}
+    given = [s["source"] for s in config["sources"]] if config else names
     for i, (source, label) in enumerate(zip(cfg.sources, mix.labels(names), strict=True)):
         log({"progress": i / len(names)}, 0)
         origin = _origin(cfg, source, label)
         if source.source in MADE:
-            tally, more = _made(cfg, source, origin, folder, log)
+            tally, more, version = _made(cfg, source, origin, folder, log)
             files, extra = 0, extra | more
         elif source.source.startswith("hf:"):
-            tally, files = _hub(source, origin, folder)
+            tally, files, version = _hub(source, origin, folder)
         else:
-            tally, files = _files(source, origin, folder)
+            (tally, files), version = _files(source, origin, folder), given[i]
         if tally.read != tally.kept + tally.quarantined:
             raise AssertionError(f"{label}: {tally.read} read, {tally.kept} kept, {tally.quarantined} turned away")
         counts |= {f"{label}.{k}": float(getattr(tally, k)) for k in ("read", "kept", "quarantined")}
         for (_, table), n in tally.rows.items():
             counts[f"{table}.rows"] += n
-        told.append(_told(label, files, tally))
+        told.append(_told(label, version, files, tally))
     return counts | extra, told
 
 
@@ -105,25 +109,27 @@ def _origin(cfg: Config, source: Source, label: str) -> Origin:
         sources=tuple(cfg.exclude_sources),
         ids=mix.read_ids(cfg.exclude_ids),
     )
-    return Origin(label, source.shape, source.licence or "unknown", source.lang, source.split, will)
+    return Origin(label, None, source.shape, source.licence or "unknown", source.lang, source.split, will)
 
 
-def _told(label: str, files: int, tally: Tally) -> dict[str, Any]:
+def _told(label: str, version: str, files: int, tally: Tally) -> dict[str, Any]:
     """What sources.json says of one source."""
     rows = [{"shape": s, "table": t, "rows": n} for (s, t), n in sorted(tally.rows.items())]
     return {
         "source": label,
+        "from": version,
         "files": files,
         "read": tally.read,
         "kept": tally.kept,
         "quarantined": tally.quarantined,
         "rows": rows,
         "splits": dict(sorted(tally.splits.items())),
+        "licences": dict(sorted(tally.licences.items())),
         "reasons": dict(sorted(tally.reasons.items())),
     }
 
 
-def _made(cfg: Config, source: Source, origin: Origin, folder: Path, log: Log) -> tuple[Tally, dict[str, float]]:
+def _made(cfg: Config, source: Source, origin: Origin, folder: Path, log: Log) -> tuple[Tally, dict[str, float], str]:
     log({"progress": 0.0}, 0)
     if source.source == PYTHON:
         tables, extra = pyrows.tables(cfg.package, cfg.seed, cfg.problems, cfg.limit)
@@ -132,36 +138,45 @@ def _made(cfg: Config, source: Source, origin: Origin, folder: Path, log: Log) -
         tables, extra = pyrows.problem_tables(cfg.seed, cfg.problems, lang), {}
     log({"progress": 0.5}, 0)
     tally = convert.NOTHING
+    versions: set[str] = set()
     for table, rows in tables.items():
         path = folder / table / ("python.jsonl" if source.source == PYTHON else "problems.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as f, (folder / "quarantine.jsonl").open("ab") as away:
             for row in rows:
                 tally += _made_row(table, row, origin, f, away)
-    return tally, extra
+                versions.add(row["provenance"].partition(":")[0])
+    return tally, extra, ", ".join(sorted(versions))
 
 
 def _made_row(table: str, row: dict[str, Any], origin: Origin, f: Any, away: Any) -> Tally:
     reason = origin.will.against(row["id"], row, row["source"], row["licence"], row["id"])
     if reason is None:
         f.write(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-        return Tally(
-            1, 1, convert.Counter({(origin.label, table): 1}), convert.Counter({row["split"]: 1}), convert.Counter()
+        return convert.NOTHING._replace(
+            read=1,
+            kept=1,
+            rows=Counter({(origin.label, table): 1}),
+            splits=Counter({row["split"]: 1}),
+            licences=Counter({row["licence"]: 1}),
         )
     away.write(convert.quarantined(readers.Record(row["id"], 0, None, b"", reason), reason, origin.label))
-    return Tally(1, 0, convert.Counter(), convert.Counter(), convert.Counter({reason.partition(":")[0]: 1}))
+    return convert.NOTHING._replace(read=1, reasons=Counter({reason.partition(":")[0]: 1}))
 
 
-def _hub(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
+def _hub(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int, str]:
     tally, sets = convert.NOTHING, hfsets.splits(source.source, origin.label)
+    name = source.source.partition("@")[0]
+    version = name
     for found in sets:
-        of_set = origin._replace(licence=source.licence or found.licence or "unknown")
+        version = f"{name}@{found.revision}" if found.revision else name
+        of_set = origin._replace(licence=source.licence or found.licence or "unknown", version=version)
         with convert.Out(folder / ".part") as files:
             first, sample = convert.sampled(found.records)
             held = convert.held_split(found.name.rpartition("/")[2])
             tally += convert.convert(first, sample, of_set, source.table, held, files)
     _append(folder / ".part", folder, origin.label)
-    return tally, len(sets)
+    return tally, len(sets), version
 
 
 def _files(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:

@@ -1,7 +1,16 @@
-"""Sets of the hub, by a stand-in for its loader that gives the real types of `datasets`."""
+"""Sets of the hub: by a server that answers as the hub does, and by a stand-in for the loader that gives the real types
+of `datasets`."""
 
+import hashlib
+import io
 import json
-from pathlib import Path
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +45,7 @@ def test_a_set_is_streamed_with_its_splits_and_licence(tmp_path: Path, monkeypat
 
     def dataset_info(name: str, revision: str | None) -> Any:
         assert (name, revision) == ("org/name", "abc")
-        return SimpleNamespace(card_data=SimpleNamespace(license="mit"))
+        return SimpleNamespace(card_data=SimpleNamespace(license="mit"), sha="abc")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("huggingface_hub.dataset_info", dataset_info)
@@ -66,3 +75,100 @@ def test_a_set_that_the_hub_does_not_give_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(ForjaError, match=r"hf:org/none: the hub does not give it \(Dataset 'org/none' doesn't exist"):
         ingest(cfg, tmp_path / "data", silent)
     assert not (tmp_path / "data").exists()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers for the set forja/tiny as the hub does, to the calls of `datasets` and `huggingface_hub`."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes]
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/forja/tiny/tree/"):
+            folder = "/".join(path.split("/")[7:])
+            held = [n for n in self.files if PurePosixPath(n).parent == PurePosixPath(folder)]
+            tree = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": "0" * 40} for n in held]
+            self.reply(
+                200,
+                json.dumps(
+                    tree if folder else [*tree, {"type": "directory", "path": "data", "oid": "0" * 40}]
+                ).encode(),
+            )
+        elif path.startswith("/api/datasets/forja/tiny"):
+            card = {"license": "cc-by-4.0"}
+            self.reply(200, json.dumps({"id": "forja/tiny", "sha": COMMIT, "cardData": card, "siblings": []}).encode())
+        elif path.startswith("/datasets/forja/tiny/resolve/"):
+            name = path.split("/", 6)[6]
+            self.reply(200 if name in self.files else 404, self.files.get(name, b""), "EntryNotFound")
+        else:
+            self.reply(404, b"", "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def reply(self, status: int, data: bytes, error: str = "") -> None:
+        tag, size = hashlib.sha256(data).hexdigest(), len(data)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"'} | ({"X-Error-Code": error} if status == 404 else {})
+        if status == 200 and (asked := self.headers.get("Range")):
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            data, status = data[int(first) : int(last or size - 1) + 1], 206
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(data) - 1}/{size}"
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    Hub.files = {
+        "README.md": b"---\nlicense: cc-by-4.0\n---\n",
+        "data/train-00000-of-00001.parquet": parquet([{"question": f"q{i}", "answer": f"a{i}"} for i in range(60)]),
+        "data/test-00000-of-00001.parquet": parquet([{"question": f"t{i}", "answer": f"b{i}"} for i in range(5)]),
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_real_client_reads_a_set_from_a_server(endpoint: str, tmp_path: Path) -> None:
+    """In a process of its own, since the client takes its endpoint when it is imported."""
+    pytest.importorskip("datasets")
+    script = (
+        "import sys; from pathlib import Path; from components.data.ingest import Config, ingest\n"
+        "from components.log import silent\n"
+        "ingest(Config.model_validate_json(sys.argv[1]), Path(sys.argv[2]), silent)"
+    )
+    cfg = json.dumps({"sources": [{"source": "hf:forja/tiny"}], **REST})
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", script, cfg, str(tmp_path / "data")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(x) for x in (tmp_path / "data" / "instructions" / "forja-tiny.jsonl").open("rb")]
+    wanted = [f"a{i}" for i in range(60)] + [f"b{i}" for i in range(5)]
+    assert sorted(r["messages"][1]["content"] for r in rows) == sorted(wanted)
+    assert {r["licence"] for r in rows} == {"cc-by-4.0"}
+    [first] = [r for r in rows if r["messages"][0]["content"] == "q0"]
+    assert first["provenance"] == f"hf:forja/tiny@{COMMIT}: forja-tiny/train:1"
+    [told] = json.loads((tmp_path / "data" / "sources.json").read_text())
+    assert told["from"] == f"hf:forja/tiny@{COMMIT}" and told["licences"] == {"cc-by-4.0": 65}

@@ -245,8 +245,10 @@ def test_several_processes_and_parts_give_the_bytes_of_one(tmp_path: Path, monke
     monkeypatch.setattr("components.data.ingest.WORTH", 1)
     monkeypatch.setattr("components.data.ingest.TOGETHER", 1)
     again = folder(tmp_path / "two", files)
-    for name in ("quarantine.jsonl", "sources.json"):
-        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert (again / "quarantine.jsonl").read_bytes() == (whole / "quarantine.jsonl").read_bytes()
+    told = [json.loads((data / "sources.json").read_bytes()) for data in (again, whole)]
+    assert [said.pop("from") for [said] in told] == [str(tmp_path / name / "mine") for name in ("two", "one")]
+    assert told[0] == told[1] and told[0][0]["licences"] == {"unknown": sum(told[0][0]["splits"].values())}
     assert [p.name for p in sorted((again / "corpus" / "mine").iterdir())] == [f"0000{i}.jsonl" for i in range(3)]
     assert read(again, "corpus") == read(whole, "corpus")
     monkeypatch.setattr("components.data.convert.BLOCK", 100_000)

@@ -134,6 +134,8 @@ def tree(root: Path) -> Path:
     """A small checkout after a run: sealed artifacts, DVC's files, the diaries of the stages and of the run."""
     (root / "data").mkdir(parents=True)
     (root / "data/a.jsonl").write_text("{}\n")
+    taken = {"source": "mine", "from": "books/<b>", "files": 3, "read": 7020, "kept": 7012, "quarantined": 8}
+    (root / "data/sources.json").write_text(to_json([taken | {"licences": {"MIT": 12, "PSF-2.0": 7000}}]))
     diary_of(root, "ingest", write_record(root / "data", "ingest").fingerprint, 8)
     lock: dict = {"schema": "2.0", "stages": {}}
     for i, stage in enumerate(STAGES):
@@ -210,6 +212,8 @@ def test_whole_run(checkout: Path) -> None:
     gate = " ".join(section(checkout, "gates").split())
     assert "better than xzholds 2.104below 2.3110.207 2.104 is below 2.311" in gate
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
+    sources = " ".join(section(checkout, "data").split())
+    assert "minebooks/<b>37,0207,0128 MIT 12, PSF-2.0 7,000" in sources
     assert "12 contaminated; 100 duplicate" in section(checkout, "data")
     assert "34,500" in section(checkout, "data")  # five tables of 6,900 kept rows under one licence
     assert "by language: en 2.95, es 2.25." in section(checkout, "data")
