@@ -49,7 +49,8 @@ UNSEEN = {
     "Muon, bf16": (gpt(6, 640, 10, 2560), 16000, 256, 8, 8, BF16 | {"matrix_lr": 0.02}),
     "accumulated, averaged": (gpt(8, 512, 8, 2048), 32000, 256, 16, 4, {"ema": 0.99}),
 }
-CASES = SEEN | UNSEEN
+SMOKE = {"tiny": (gpt(2, 128, 4, 512), 512, 64, 8, 8, {})}
+CASES = SEEN | UNSEEN | SMOKE
 
 
 def recipe(more: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +115,15 @@ def measure(name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), help="these cases alone")
-    parser.add_argument("--smoke", action="store_true", help="one case: that it runs")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=[*SEEN, *UNSEEN], help="these cases alone")
+    parser.add_argument("--smoke", action="store_true", help="a tiny case: that it runs")
     args = parser.parse_args()
     forja_environment()
     if args.case:
         train(args.case)
         return
     cases = {}
-    for name in args.only[:1] if args.smoke else args.only:
+    for name in SMOKE if args.smoke else args.only:
         cases[name] = found = measure(name) | {"seen": float(name in SEEN)}
         say(f"{name}: {found['measured_mb']:,.0f} MB, estimated {found['estimated_mb']:,.0f}, {found['ratio']:.3f}")
     worst = max((c["ratio"] for c in cases.values()), key=lambda r: max(r, 1 / r))
