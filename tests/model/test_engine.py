@@ -114,9 +114,14 @@ def test_offloaded_to_the_cpu_it_is_the_same(
     got = steps(trained, 0, 3)
     with Saver(tmp_path, {"model": trained}) as saver:
         saver.save(3, {})
+    undisturbed = steps(trained, 3, 6)
     again = Engine(GPT(tiny), OPTIM, 8)
     assert Saver(tmp_path, {"model": again}).resume() == {"step": 3}
-    got += steps(again, 3, 6)
+    assert steps(again, 3, 6) == undisturbed
+    wanted = trained.finished().state_dict()
+    for name, p in again.finished().state_dict().items():
+        assert torch.equal(p, wanted[name]), name
+    got += undisturbed
     assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in want], abs=1e-5)
     assert [norm for _, norm in got] == pytest.approx([norm for _, norm in want], rel=1e-3)
 
