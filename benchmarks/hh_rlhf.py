@@ -1,7 +1,7 @@
 """A reward model from hh-rlhf's pairs, end to end: from text to a checkpoint, to how often it is right on dialogues it
 has not seen, beside a rule that looks at lengths alone.
 
-    python benchmarks/hh_rlhf.py [--smoke] [--folds 5] [--data DIR] [--work DIR]
+    python benchmarks/hh_rlhf.py [--smoke] [--folds 3] [--data DIR] [--work DIR]
 
 A model of the demo's shape with a longer context is pretrained on English prose and fine-tuned on instructions. Then
 the dialogues are cut into folds: each fold is judged by a reward model that has learnt from the others, so that every
@@ -37,7 +37,7 @@ LIMITS += ["validate.poison='off'", "validate.pii='off'"]
 PAIRS = "hh_rlhf/harmless-base_test.jsonl.gz"
 RECIPE = [
     *("sft.prompts=[en]", "pretrain.samples=[]", "sft.sample_rows=0", "pretrain.batch=4", "sft.batch=12"),
-    *("reward.lr=3e-4", "reward.matrix_lr=null", "reward.weight_decay=0.1", "reward.val_rows=200"),
+    *("reward.lr=3e-4", "reward.matrix_lr=null", "reward.weight_decay=0.1", "reward.val_rows=100"),
 ]
 FULL = ["pretrain.model.context=448", "pretrain.steps=600", "sft.steps=160", "reward.steps=100", "reward.eval_every=20"]
 TINY = ["pretrain.model.context=160", "pretrain.steps=2", "sft.steps=2", "reward.steps=2", "reward.batch=2"]
@@ -113,7 +113,7 @@ def judged(chain: Chain, sft_model: Path, rows: Pairs, fold: int) -> dict[str, l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few rows, a tiny shape: that it runs")
-    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=ROOT / ".." / "shared" / "data")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()

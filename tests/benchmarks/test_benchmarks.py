@@ -10,6 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+HH = ROOT / ".." / "shared" / "data" / "hh_rlhf"
 SHAKESPEARE = {"ratio", "nats", "goal", "parameters", "steps", "seconds"}
 LINES = {
     "pretrain": {
@@ -46,6 +47,17 @@ def test_one_line_with_the_documented_keys(command: str) -> None:
     assert row["ratio"] > 0
     described = (ROOT / "benchmarks" / "README.md").read_text()
     assert all(f"`{key}`" in described for key in LINES[command])
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not HH.is_dir(), reason="../shared/data/hh_rlhf is absent")
+def test_hh_rlhf_from_text_to_verdicts() -> None:
+    said = run("hh_rlhf --smoke --folds 2")
+    assert said.returncode == 0, said.stderr[-2000:]
+    row = json.loads(said.stdout)
+    assert row["longer_chosen"] == 0.4433 and row["interval"][0] < row["accuracy"] < row["interval"][1]
+    described = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"`{key}`" in described for key in row.keys() - {"benchmark", "smoke"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which is what this one says is missing")
