@@ -22,6 +22,10 @@ def name_of(value: Mapping[str, Any]) -> str | None:
         return "hellaswag"
     if ("Best Answer" in has and "Incorrect Answers" in has) or "mc1_targets" in has:
         return "truthfulqa"
+    if "best_answer" in has and "incorrect_answers" in has:
+        return "truthfulqa"
+    if "answerKey" in has and isinstance(value.get("question"), dict):
+        return "arc"
     if "context_options" in has and "continuation" in has:
         return "winogrande"
     if "goal" in has and "sol1" in has:
@@ -84,12 +88,15 @@ def _mmlu(value: Any) -> Rows:
 
 def _arc(value: Any) -> Rows:
     value = _mapping(value)
-    held = value.get("choices")
+    asked, held = _asked(value), value.get("choices")
+    if isinstance(asked, dict):  # as first published: a stem, and choices each with its label
+        every = [c for c in asked.get("choices") or () if isinstance(c, dict)]
+        asked, held = asked.get("stem"), {key: [c.get(key) for c in every] for key in ("text", "label")}
     held = held if isinstance(held, dict) else {}
     found, labels = held.get("text"), held.get("label")
     answer = next((value[key] for key in RIGHT if key in value), None)
     if isinstance(labels, list) and labels.count(answer) == 1:
-        return _row(_asked(value), found, labels.index(answer))
+        return _row(asked, found, labels.index(answer))
     raise Unfit(f"answer: {answer!r} is none of the labels")
 
 
@@ -107,10 +114,12 @@ def _truthfulqa(value: Any) -> Rows:
         labels = held.get("labels")
         right = labels.index(1) if isinstance(labels, list) and labels.count(1) == 1 else None
         return _row(value.get("question"), held.get("choices"), right)
-    question, best, wrong = (value.get(key) for key in ("Question", "Best Answer", "Incorrect Answers"))
-    if not isinstance(question, str) or not isinstance(best, str) or not isinstance(wrong, str):
+    names = ("Question", "Best Answer", "Incorrect Answers")
+    question, best, wrong = (value.get(key, value.get(key.lower().replace(" ", "_"))) for key in names)
+    if not isinstance(question, str) or not isinstance(best, str) or not isinstance(wrong, str | list):
         raise Unfit("missing field: Question, Best Answer or Incorrect Answers")
-    found = [text for part in wrong.split(";") if (text := part.strip())]
+    parts = wrong.split(";") if isinstance(wrong, str) else [text for text in wrong if isinstance(text, str)]
+    found = [text for part in parts if (text := part.strip())]
     at = hashed(f"choice/{question}") % (len(found) + 1)
     return _row(question, [*found[:at], best, *found[at:]], at)
 

@@ -187,10 +187,10 @@ def _tools(found: Any) -> Any:
 
 
 def kto(value: Any) -> Rows:
-    """A judged answer (Ethayarajh et al. 2024): a good one is an instruction; of a bad one the prompt is worth asking,
-    and the answer is kept beside it as `rejected`."""
+    """An answer judged by itself (Ethayarajh et al. 2024): a preference with `chosen` alone, or `rejected` alone."""
     value = value if isinstance(value, dict) else {}
-    if not isinstance(value.get("label"), bool):
+    good = judgement(value.get("label"))
+    if good is None:
         raise Unfit("label: true or false is needed")
     if "completion" in value:
         before, answer = _question(value), _one_answer(value["completion"], "completion")
@@ -199,9 +199,19 @@ def kto(value: Any) -> Rows:
         messages = with_system(value.get("system"), _chat_of(value))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise Unfit("roles: a judged dialogue ends with the assistant's answer")
-    if value["label"]:
-        return [("instructions", {"messages": messages})]
-    return [("prompts", {"messages": messages[:-1], "rejected": messages[-1]})]
+    key = "chosen" if good else "rejected"
+    return [("preferences", {"messages": messages[:-1], key: messages[-1], "kind": "judged"})]
+
+
+def judgement(label: Any) -> bool | None:
+    """What a label says: true, 1 or "True", as a CSV has it, or their opposites; None where it is no judgement."""
+    if isinstance(label, bool | int) and label in (0, 1):
+        return bool(label)
+    return (
+        {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+        if isinstance(label, str)
+        else None
+    )
 
 
 def preferences(value: Any) -> Rows:

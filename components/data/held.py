@@ -99,8 +99,7 @@ def _answered(table: str, row: Row) -> Iterator[str]:
         yield " ".join(_said(m) for m in row["messages"])
     elif table == "preferences":
         asked = " ".join(_said(m) for m in row["messages"])
-        yield f"{asked} {_said(row['chosen'])}"
-        yield f"{asked} {_said(row['rejected'])}"
+        yield from (f"{asked} {_said(row[key])}" for key in ("chosen", "rejected") if row.get(key) is not None)
 
 
 def _said(message: Row) -> str:

@@ -10,7 +10,7 @@ from components.data.strict import Unfit, loads
 
 LANGS = ("en", "es")
 SPLITS = ("train", "val", "test")
-KINDS = ("wrong", "cut", "off-topic")
+KINDS = ("wrong", "cut", "off-topic", "judged")  # of the last there is one answer, chosen or rejected
 CHOICES = (2, 26)  # how many a question may have
 COMMON = ("id", "source", "licence", "provenance", "lang", "object", "split")
 
@@ -55,8 +55,13 @@ def content(table: str, row: Row) -> str:
         return " ".join(row["text"].casefold().split())
     if table == "eval":
         return "\n".join([row["question"], *row["choices"]])
-    turns = [*row["messages"], *(row[k] for k in ("chosen", "rejected") if k in row)]
+    turns = [*row["messages"], *answers_of(row)]
     return "\n".join(said(turn) for turn in turns)
+
+
+def answers_of(row: Row) -> list[Row]:
+    """The answers that a preference compares, the better one first; of a judged one, that alone."""
+    return [row[key] for key in ("chosen", "rejected") if row.get(key) is not None]
 
 
 def said(message: Row) -> str:
@@ -78,13 +83,17 @@ def _instructions(row: Row) -> None:
 def _preferences(row: Row) -> None:
     _prompts(row)
     _one_of(row, "kind", KINDS)
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise Unfit(f"missing field: {key}")
+    answers = [key for key in ("chosen", "rejected") if row.get(key) is not None]
+    wanted = 1 if row["kind"] == "judged" else 2
+    if len(answers) != wanted:
+        raise Unfit(
+            f"missing field: chosen {'or' if wanted == 1 else 'and'} rejected; a {row['kind']} one has {wanted}"
+        )
+    for key in answers:
         _message(row[key], key)
         if row[key]["role"] != "assistant":
             raise Unfit(f"roles: {key} is the assistant's")
-    if said(row["chosen"]) == said(row["rejected"]):
+    if wanted == 2 and said(row["chosen"]) == said(row["rejected"]):
         raise Unfit("no preference: chosen and rejected are the same")
 
 

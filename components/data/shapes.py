@@ -21,11 +21,19 @@ ASKED = ("prompt", "context", "query", "input", "question", "instruction")
 
 
 def name_of(value: Any) -> Shape | None:
-    """The shape of one record by its keys, or None."""
+    """The shape of one record by its keys, or None; where it has none, by its keys in lower case."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, dict):
         return None
+    return _by_keys(value) or (_by_keys(low) if (low := _in_lower_case(value)) != value else None)
+
+
+def _in_lower_case(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key).strip().lower(): v for key, v in value.items()}
+
+
+def _by_keys(value: Mapping[str, Any]) -> Shape | None:
     has = value.keys()
     if "chosen" in has and "rejected" in has:
         return dialogues.preference(value)
@@ -33,7 +41,7 @@ def name_of(value: Any) -> Shape | None:
         if isinstance(value.get("label"), bool):
             return "kto"
         return dialogues.chat(value[chat])
-    if "completion" in has and "prompt" in has and isinstance(value.get("label"), bool):
+    if "completion" in has and "prompt" in has and dialogues.judgement(value.get("label")) is not None:
         return "kto"
     if choice := choices.name_of(value):
         return choice
@@ -66,7 +74,13 @@ def no_shape(value: Any) -> str:
 
 def rows(shape: Shape, value: Any) -> Rows:
     """What the record becomes. Raises Unfit with the reason where it does not fit the shape."""
-    return SHAPES[shape](value)
+    try:
+        return SHAPES[shape](value)
+    except Unfit:
+        low = _in_lower_case(value) if isinstance(value, dict) else value
+        if low == value or _by_keys(value) is not None:
+            raise
+    return SHAPES[shape](low)
 
 
 def to_table(table: str, fields: dict[str, Any], wanted: str) -> tuple[str, dict[str, Any]]:
@@ -79,7 +93,7 @@ def to_table(table: str, fields: dict[str, Any], wanted: str) -> tuple[str, dict
         messages = fields["messages"]
         if wanted == "prompts":
             return wanted, {"messages": messages[:-1] if table == "instructions" else messages}
-        if wanted == "instructions" and table == "preferences":
+        if wanted == "instructions" and "chosen" in fields:
             return wanted, {"messages": [*messages, fields["chosen"]]}
     if table == "eval" and wanted in ("instructions", "prompts"):
         asked = [{"role": "user", "content": fields["question"]}]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from components.data.rules import CHOICES, KINDS, LANGS, SPLITS, Limits, Row, said
+from components.data.rules import CHOICES, KINDS, LANGS, SPLITS, Limits, Row, answers_of, said
 
 if TYPE_CHECKING:
     import pandas
@@ -39,7 +39,10 @@ def facts(table: str, row: Row, text: str) -> dict[str, Any]:
     if table in DIALOGUES:
         found["roles"] = " ".join(m["role"] for m in row["messages"])
     if table == "preferences":
-        found |= {"kind": row["kind"], "differs": said(row["chosen"]) != said(row["rejected"])}
+        found |= {
+            "kind": row["kind"],
+            "differs": len(answers_of(row)) == 1 or len(set(map(said, answers_of(row)))) == 2,
+        }
     if table == "eval":
         many = len(row["choices"])
         found |= {"n_choices": many, "same_choices": many - len(set(row["choices"]))}

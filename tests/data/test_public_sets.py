@@ -118,12 +118,13 @@ def test_dpo_in_turns_and_kto_labels(tmp_path: Path) -> None:
     rows, away, told = take(tmp_path, PUBLIC / "llamafactory_demo" / "kto_en_demo.json")
     truth = json.loads((PUBLIC / "llamafactory_demo" / "kto_en_demo.json").read_bytes())
     liked = [w for w in truth if w["label"]]
-    assert shapes(told) == {("kto", "instructions"): len(liked), ("kto", "prompts"): 300 - len(liked)} and not away
-    wanted = [[(m["role"], m["content"]) for m in w["messages"]] for w in liked]
-    assert [said(r) for r in rows["instructions"]] == wanted
-    assert [r["rejected"]["content"] for r in rows["prompts"]] == [
-        w["messages"][-1]["content"] for w in truth if not w["label"]
-    ]
+    assert shapes(told) == {("kto", "preferences"): 300} and not away and 0 < len(liked) < 300
+    for r, w in zip(rows["preferences"], truth, strict=True):
+        answer, other = ("chosen", "rejected") if w["label"] else ("rejected", "chosen")
+        assert [*said(r), (r[answer]["role"], r[answer]["content"])] == [
+            (m["role"], m["content"]) for m in w["messages"]
+        ]
+        assert other not in r and r["kind"] == "judged"
 
 
 def test_tool_chats(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ def call(**arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}
 
 
+def judged(key: str) -> tuple[str, dict[str, Any]]:
+    return "preferences", {"messages": [u("p")], key: a("c"), "kind": "judged"}
+
+
 TOOL = {"role": "tool", "content": "7"}
 CHOICE = {"question": "Which?", "choices": ["a", "b", "c"], "answer": 1}
 CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
@@ -175,8 +179,19 @@ CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
         {"prompt": [u("p")], "chosen": [a("y")], "rejected": [a("n")]},
         [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
     ),
-    ("kto", {"prompt": "p", "completion": "c", "label": True}, [("instructions", {"messages": [u("p"), a("c")]})]),
-    ("kto", {"messages": [u("p"), a("c")], "label": False}, [("prompts", {"messages": [u("p")], "rejected": a("c")})]),
+    ("kto", {"prompt": "p", "completion": "c", "label": True}, [judged("chosen")]),
+    ("kto", {"prompt": "p", "completion": "c", "label": 0}, [judged("rejected")]),
+    ("kto", {"Prompt": "p", "Completion": "c", "Label": "True"}, [judged("chosen")]),
+    ("kto", {"messages": [u("p"), a("c")], "label": False}, [judged("rejected")]),
+    (
+        "arc",
+        {
+            "question": {"stem": "q", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]},
+            "answerKey": "B",
+        },
+        [("eval", {"question": "q", "choices": ["x", "y"], "answer": 1})],
+    ),
+    ("pairs", {"Question": "p", " Answer": "c"}, [("instructions", {"messages": [u("p"), a("c")]})]),
     ("choices", {"query": "Which?", "choices": ["a", "b", "c"], "gold": 1}, [("eval", CHOICE)]),
     ("choices", {"question": "Which?", "choices": ["a", "b", "c"], "answer": "B"}, [("eval", CHOICE)]),
     (
@@ -223,6 +238,14 @@ def test_shapes(shape: str, value: Any, wanted: list[tuple[str, dict[str, Any]]]
 
 def test_every_shape_has_a_case() -> None:
     assert {shape for shape, _, _ in CASES} == SHAPES.keys()
+
+
+def test_truthfulqa_with_lists_of_answers() -> None:
+    value = {"question": "q", "best_answer": "yes", "correct_answers": ["yes"], "incorrect_answers": ["no", "never"]}
+    [(table, row)] = rows(detect([value]), value)
+    assert (
+        table == "eval" and row["choices"][row["answer"]] == "yes" and sorted(row["choices"]) == ["never", "no", "yes"]
+    )
 
 
 def test_truthfulqa_as_csv_has_its_best_answer_where_the_hash_says() -> None:
