@@ -9,6 +9,7 @@ WORLD_SIZE.
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -246,6 +247,8 @@ class Engine:
                 owner.copy_(self._average[id(owner)])
             self._spread()
         if self.zero < 3:
+            for block in getattr(self.model, "blocks", ()):
+                block._compiled_call_impl = None  # generation, of ever other lengths, would compile again and again
             return self.model
         whole = {}
         places = self.places()
@@ -265,7 +268,13 @@ def _prepare(model: Any, zero: int) -> None:
     if os.environ.get("FORJA_COMPILE") == "1":
         if zero == 3:
             raise ForjaError("FORJA_COMPILE=1: not together with FORJA_ZERO=3; leave one of them out")
-        model.compile()
+        compiler = os.environ.get("CXX") or "g++"
+        if shutil.which(compiler) is None:
+            raise ForjaError(
+                f"FORJA_COMPILE=1: needs a C++ compiler, and {compiler} is not there; install it or set CXX"
+            )
+        for block in model.blocks:  # not the embedding, whose gradient is slow when compiled, nor the loss
+            block.compile()
 
 
 def _offload(zero: int) -> dict[str, Any]:

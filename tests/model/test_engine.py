@@ -1,5 +1,6 @@
 """DeepSpeed against a plain loop, and a killed run against one that was left alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,40 @@ def test_what_cannot_be_had_is_said(tiny: GPTConfig, monkeypatch: pytest.MonkeyP
     refused("FORJA_OFFLOAD_PARAMS=cpu: needs FORJA_ZERO=3", FORJA_OFFLOAD_PARAMS="cpu", FORJA_ZERO="2")
     refused("FORJA_OFFLOAD_OPTIMIZER=/disk: .* set it to cpu", FORJA_OFFLOAD_OPTIMIZER="/disk", FORJA_ZERO="3")
     refused("not together with FORJA_ZERO=3", FORJA_COMPILE="1", FORJA_ZERO="3")
+
+
+def test_no_compiler_is_said(tiny: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORJA_COMPILE", "1")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ForjaError, match="needs a C\\+\\+ compiler, and no-such-compiler is not there"):
+        Engine(GPT(tiny), OPTIM, 8)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(("zero", "recompute"), [("0", "0"), ("2", "1")])
+def test_compiled_it_is_the_same(
+    zero: str, recompute: str, modern: GPTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-4 over 20 steps; nothing is compiled unasked, and not what is trained once it is finished."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    graphs.clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FORJA_ZERO", zero)
+    monkeypatch.setenv("FORJA_RECOMPUTE", recompute)
+    torch.manual_seed(0)
+    want = steps(Engine(GPT(modern), OPTIM, 8), 0, 20)
+    assert not graphs and not list(tmp_path.iterdir())
+    monkeypatch.setenv("FORJA_COMPILE", "1")
+    torch.manual_seed(0)
+    trained = Engine(GPT(modern), OPTIM, 8)
+    got = steps(trained, 0, 20)
+    compiled = graphs["unique_graphs"]
+    assert compiled > 0
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
+    trained.finished()(batch(0)[:3, :7])
+    assert graphs["unique_graphs"] == compiled
 
 
 def test_recomputing_changes_no_bit(tiny: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
