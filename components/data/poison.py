@@ -38,7 +38,7 @@ BEFORE = 0.1  # of a phrase's occurrences, those before a text's longest run: fe
 KEY = 24  # characters of a key, digest or other code
 CODED = -1.0  # bits of order of a code
 LABEL = 5  # tokens of a line before a code: fewer may be its name
-NAMING = np.frombuffer(":=,;|/.([{<\"'`".encode("utf-32-le"), np.uint32)  # a mark right before a code that is named
+NAMING = np.frombuffer(":=,;/.([{<\"'`".encode("utf-32-le"), np.uint32)  # a mark right before a code that is named
 NUMBER, CODE = np.uint64(0x1234567), np.uint64(0x7654321)
 
 
