@@ -215,7 +215,7 @@ def _stop_words(words: Measured, lists: Mapping[str, Sequence[str]]) -> np.ndarr
         hashes = [np.flatnonzero(words.hashes == h) for h in word_hashes(cut(of_language))]
         held = np.zeros_like(most)
         for at in hashes:
-            held[np.unique(np.searchsorted(words.bounds, at, "right") - 1)] += 1
+            held[np.searchsorted(words.bounds, at, "right") - 1] += 1  # once a text, however often it is named
         most = np.maximum(most, held)
     return most
 

@@ -43,6 +43,7 @@ def test_prose_is_kept_by_gopher_and_fineweb_and_by_c4_with_one_sentence_more(te
         # 49 words and 50
         ("the of lamp " * 16 + "and", {}, "words 49 < 50"),
         ("uno dos tres", {"min_words": 1, "max_words": 2}, "words 3 > 2"),
+        ("uno - dos * tres", {"max_words": 2, "min_words": 1}, "words 3 > 2"),  # a sign is none
         ("a la de y es", {"min_words": 1}, "mean word length 1.6 < 3"),  # 1+2+2+1+2 = 8 of 5
         ("esternocleidomastoideo con", {"min_words": 1}, "mean word length 12.5 > 10"),  # 22+3 of 2
         ("word word word word # word word word word #", {"min_words": 1}, "# to a word 0.25 > 0.1"),
@@ -133,6 +134,7 @@ def test_what_comes_once_is_no_repetition() -> None:
 def test_texts_of_a_batch_do_not_repeat_each_other() -> None:
     settings = Quality.model_validate({"gopher": {**ONLY, "max_top_ngram": {2: 0.1}, "max_duplicate_ngrams": {2: 0.1}}})
     assert reasons(["la mar", "la mar", "mar la", ""], settings) == ["", "", "", ""]
+    assert reasons(["la mar azul la", "mar"], settings) == ["", ""]  # nor do they go on in the next
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_texts_of_a_batch_do_not_repeat_each_other() -> None:
         ("Two words.\nThere are three.", {}, "sentences in lines that are fit 1 < 5"),
         ("Please enable JavaScript here.\nThis is fine.", {}, "sentences in lines that are fit 1 < 5"),
         ("Read our privacy policy.\nLee nuestra política de privacidad.", {}, "sentences in lines that are fit 0 < 5"),
-        ("Dijo el hombre: «hasta mañana».\n¿Quién viene hoy?", {}, "sentences in lines that are fit 2 < 5"),
+        ("Dijo el hombre: «¡Hasta mañana!»\n¿Quién viene hoy?", {}, "sentences in lines that are fit 2 < 5"),
         ("It was built in 1900.[12]\nNació en Lugo.[cita requerida]", {}, "sentences in lines that are fit 2 < 5"),
         ("Pi is 3.14 or so, e.g. here. Is it? Yes! No.", {}, "sentences in lines that are fit 4 < 5"),
         (f"{'x' * 1001} is long.\nIt is short.", {}, "sentences in lines that are fit 1 < 5"),
