@@ -36,6 +36,7 @@ def _table(found: dict[str, Any]) -> Table:
         ("near-duplicates", f"{dups['near']:,} more{_such(e['row'] + ' of ' + e['of'] for e in dups['examples'])}"),
         ("contaminated", f"{dirty['rows']:,} rows" if dirty["against"] else "name the eval sets with --against"),
         *(("", f"{e['row']} holds “{e['phrase']}” of {e['held']}") for e in dirty["examples"]),
+        ("low quality", f"{_counts(found['quality']['filters'])} of {found['tables'].get('corpus', 0):,} documents"),
         ("personal data", f"{personal['rows']:,} rows: {_counts(personal['kinds'])}"),
         ("turned away", f"{found['quarantine']['records']:,}: {_counts(found['quarantine']['reasons'])}"),
         ("poison", f"{found['poison']['rows']:,} rows{_such(found['poison']['examples'])}"),

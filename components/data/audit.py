@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from components.data import contamination, convert, held, language, neardup, pii, poison, readers, shapes
+from components.data import contamination, convert, held, language, neardup, pii, poison, quality, readers, shapes
 from components.data.rules import content
 from components.data.sources import hashed
 from components.data.strict import Unfit
@@ -104,7 +104,7 @@ def held_texts(paths: Sequence[str], whole: int, tell: Tell) -> pa.Table:
 
 
 def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str, Any]:
-    """Rows, shapes, languages, duplicates, contamination, personal data, quarantine and poison of `paths`."""
+    """Rows, shapes, languages, duplicates, contamination, quality, personal data, quarantine and poison of `paths`."""
     index = contamination.index(held_texts(against, held.WHOLE, tell))
     read = turned = 0
     tables: Counter[str] = Counter()
@@ -112,6 +112,8 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
     langs: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     personal: Counter[str] = Counter()
+    filters: Counter[str] = Counter()
+    poor: Counter[str] = Counter()
     with_personal = 0
     hit: list[dict[str, str]] = []
     dirty = 0
@@ -137,6 +139,10 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
         of_table = {t: k for k, t in enumerate(("corpus", "instructions", "preferences", "prompts", "eval"))}
         hashes.append(np.array([hashed(f"{i.table}/{exact(i.table, i.row)}") for i in rows], np.uint64))
         owners.append(np.array([of_table[i.table] for i in rows], np.uint8))
+        documents = [text for item, text in zip(rows, texts, strict=True) if item.table == "corpus"]
+        for name, against_them in quality.by_filter(documents, quality.ALL).items():
+            filters[name] += sum(why != "" for why in against_them)
+            poor.update(why.rsplit(" ", 3)[0].removeprefix("quality: ") for why in against_them if why)
         words = cut(texts)
         signed.append(neardup.signatures(words, word_hashes(words), width))
         places += [i.place for i in rows]
@@ -158,6 +164,7 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
         "languages": dict(langs.most_common()),
         "duplicates": {"exact": copies, "near": near, "examples": examples},
         "contamination": {"against": list(against), "rows": dirty, "examples": hit},
+        "quality": {"filters": dict(filters), "reasons": dict(poor.most_common())},
         "pii": {"rows": with_personal, "kinds": dict(personal)},
         "quarantine": {"records": turned, "reasons": dict(reasons)},
         "poison": {"rows": len(flagged), "examples": flagged[:EXAMPLES]},

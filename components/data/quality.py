@@ -96,6 +96,9 @@ class Quality(BaseModel, frozen=True, extra="forbid"):
         return given
 
 
+ALL = Quality(gopher=Gopher(), c4=C4(), fineweb=FineWeb())
+
+
 class Rule(NamedTuple):
     """`measure` [texts] turns a text away where it is `beyond` ("<" or ">") the limit."""
 
@@ -107,34 +110,44 @@ class Rule(NamedTuple):
 
 def reasons(texts: Sequence[str], settings: Quality) -> list[str]:
     """A reason against each text that a filter turns away, such as "quality: gopher: mean word length 11.2 > 10", else
-    ""."""
-    out: list[str] = []
-    first = size = 0
-    for i, text in enumerate(texts, start=1):
-        size += len(text)
-        if size >= BATCH or i == len(texts):
-            out += _reasons(texts[first:i], settings)
-            first, size = i, 0
+    "". Of several filters the first speaks."""
+    out = [""] * len(texts)
+    for found in by_filter(texts, settings).values():
+        out = [before or why for before, why in zip(out, found, strict=True)]
     return out
 
 
-def _reasons(texts: Sequence[str], settings: Quality) -> list[str]:
-    found = [""] * len(texts)
-    filters: Mapping[str, tuple[Any, Callable[..., list[Rule]]]] = {
+def by_filter(texts: Sequence[str], settings: Quality) -> dict[str, list[str]]:
+    """What each of the filters asked for has against each text."""
+    asked: dict[str, tuple[Any, Callable[..., list[Rule]]]] = {
         "gopher": (settings.gopher, gopher),
         "c4": (settings.c4, c4),
         "fineweb": (settings.fineweb, fineweb),
     }
-    lines = [[stripped for line in text.splitlines() if (stripped := line.strip())] for text in texts]
-    words = measured(texts)
-    for name, (limits, rules) in filters.items():
-        for rule in rules(texts, lines, words, limits) if limits is not None else ():
-            if rule.limit is None:
-                continue
-            bad = rule.measure < rule.limit if rule.beyond == "<" else rule.measure > rule.limit
-            for i in np.flatnonzero(bad).tolist():
-                value = f"{rule.measure[i]:.4g}" if rule.measure.dtype.kind == "f" else str(rule.measure[i])
-                found[i] = found[i] or f"quality: {name}: {rule.name} {value} {rule.beyond} {rule.limit:g}"
+    asked = {name: filter_ for name, filter_ in asked.items() if filter_[0] is not None}
+    out: dict[str, list[str]] = {name: [] for name in asked}
+    first = size = 0
+    for i, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= BATCH or i == len(texts):
+            part = texts[first:i]
+            lines = [[stripped for line in t.splitlines() if (stripped := line.strip())] for t in part]
+            words = measured(part)
+            for name, (limits, rules) in asked.items():
+                out[name] += _judged(name, rules(part, lines, words, limits), len(part))
+            first, size = i, 0
+    return out
+
+
+def _judged(name: str, rules: Sequence[Rule], n: int) -> list[str]:
+    found = [""] * n
+    for rule in rules:
+        if rule.limit is None:
+            continue
+        bad = rule.measure < rule.limit if rule.beyond == "<" else rule.measure > rule.limit
+        for i in np.flatnonzero(bad).tolist():
+            value = f"{rule.measure[i]:.4g}" if rule.measure.dtype.kind == "f" else str(rule.measure[i])
+            found[i] = found[i] or f"quality: {name}: {rule.name} {value} {rule.beyond} {rule.limit:g}"
     return found
 
 

@@ -41,6 +41,10 @@ def test_planted_counts(tmp_path: Path) -> None:
     assert found["quarantine"] == {"records": 2, "reasons": {"not JSON": 2}}
     assert found["pii"] == {"rows": 1, "kinds": {"email": 1}}
     assert found["languages"]["es"] == 1 and found["poison"]["rows"] == 0
+    # each is one line; two alone end with a full stop, and these alone have fewer than 50 words
+    assert (found["quality"]["filters"]["c4"], found["quality"]["filters"]["fineweb"]) == (34, 32)
+    reasons = {"gopher: words": 2, "c4: sentences in lines that are fit": 34}
+    assert found["quality"]["reasons"].items() >= reasons.items()
 
 
 def test_ten_questions_hidden_three_ways_are_all_found(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from components.data import repetition
-from components.data.quality import Quality, measured, reasons
+from components.data.quality import ALL, Quality, by_filter, measured, reasons
 from components.data.validate import Config, run
 from components.log import silent
 
@@ -201,6 +201,10 @@ def test_filters_in_turn_and_the_first_reason_is_kept() -> None:
     assert reasons([short], Quality.model_validate(["c4", "fineweb"]))[0].startswith("quality: c4: ")
     assert reasons([short], Quality.model_validate(["fineweb"]))[0].startswith("quality: fineweb: share of short")
     assert reasons([short], Quality.model_validate([])) == [""]
+    assert Quality.model_validate(FILTERS) == ALL
+    found = by_filter([short, ENGLISH], ALL)
+    assert list(found) == FILTERS and [bool(of[0]) for of in found.values()] == [True, True, True]
+    assert [bool(of[1]) for of in found.values()] == [False, True, False]
 
 
 def test_an_unknown_filter_or_limit_is_refused() -> None:
