@@ -65,7 +65,7 @@ class Counts(NamedTuple):
 
 def tokens(texts: Sequence[str]) -> Tokens:
     """The tokens of `texts`. Spaces are none, a line's end is one."""
-    raw = points(texts)
+    raw = np.append(points(texts), np.uint32(0))
     both = table()[np.minimum(raw, PLANES - 1)]
     kinds = both >> np.uint32(24)
     word = (kinds != BREAK) & (kinds <= MARK) & (kinds != IDEOGRAPH)
