@@ -25,10 +25,6 @@ FAILS = """
 from components.artifact import ForjaError
 raise ForjaError("the second rank has had enough")
 """
-DIES = """
-import os
-os.kill(os.getpid(), 9)
-"""
 
 
 @pytest.fixture
@@ -102,18 +98,11 @@ def test_two_ranks_make_what_one_makes(clone: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("how", "reason", "code"),
-    [
-        (FAILS, "the second rank has had enough", 2),
-        (DIES, "a rank was killed by signal 9 (9 is often a lack of memory)", 1),
-    ],
-    ids=["raises", "killed"],
-)
-def test_a_rank_that_fails_is_the_stages_reason(how: str, reason: str, code: int, clone: Path) -> None:
-    break_second_rank(clone, how)
+def test_a_rank_that_fails_is_the_stages_reason(clone: Path) -> None:
+    break_second_rank(clone, FAILS)
     status, shown, run, _ = stage(clone)
-    assert status == code and (run["status"], run["reason"], run["exit_code"]) == ("failed", reason, code), shown
-    assert reason in shown.splitlines()[-1]
+    reason = "the second rank has had enough"
+    assert status == 2 and (run["status"], run["reason"], run["exit_code"]) == ("failed", reason, 2), shown
+    assert reason in shown
     assert not (clone / "artifacts" / "pretrain").exists()
     assert list((clone / "scratch").glob("pretrain-*/step-*"))  # where the next start goes on
