@@ -23,7 +23,9 @@ LINES = {
         "rounds",
     },
     "generate": {"ratio", "recompute-2"},
+    "memory": {"ratio", "bytes_per_parameter", "cases"},
     "encode": {"ratio", "mb_per_cpu_s", "packing"},
+    "data --only encoding near_duplicates cleaning": {"ratio", "encoding", "near_duplicates", "cleaning"},
     "shakespeare --part a": SHAKESPEARE | {"ratio_fastest_tenth", "plain_nats", "plain_steps", "plain_seconds"},
     "shakespeare --part b": SHAKESPEARE,
 }
@@ -58,6 +60,15 @@ def test_hh_rlhf_from_text_to_verdicts() -> None:
     assert row["longer_chosen"] == 0.4433 and row["interval"][0] < row["accuracy"] < row["interval"][1]
     described = (ROOT / "benchmarks" / "README.md").read_text()
     assert all(f"`{key}`" in described for key in row.keys() - {"benchmark", "smoke"})
+
+
+@pytest.mark.nightly
+def test_a_second_ingest_and_validate_open_no_raw_file() -> None:
+    said = run("data --smoke --only second_run")
+    assert said.returncode == 0, said.stderr[-2000:]
+    found = json.loads(said.stdout)["second_run"]
+    assert found["first"]["opened_raw"] >= 8 and found["first"]["opened_data"] > 0
+    assert found["second"]["opened_raw"] == found["second"]["opened_data"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which is what this one says is missing")
