@@ -56,13 +56,14 @@ def inputs_of(root: Path, stage: str) -> dict[str, Path]:
 
 
 def source_of(root: Path, stage: str, config: dict[str, Any]) -> dict[str, Path]:
-    """{key: where it lies} of what the stage's section names outside the chain; fetched if it lies on a hub.
+    """{key: where it lies} of the model or tokenizer that the stage's section names outside the chain; fetched if it
+    lies on a hub.
 
-    Of a tokenizer, the file. Empty for a stage that names nothing.
+    Of a tokenizer, the file. Empty for a stage that names none.
     """
     key = SOURCES.get(stage, "")
     named = config.get(key)
-    if not named:
+    if not named or key == "decontaminate":
         return {}
     path = fetch(named, root)
     if key == "tokenizer" and path.is_dir():
@@ -72,18 +73,29 @@ def source_of(root: Path, stage: str, config: dict[str, Any]) -> dict[str, Path]
     return {key: path}
 
 
+def outside(root: Path, stage: str, config: dict[str, Any]) -> dict[str, str]:
+    """{key: identity of the bytes} of what the stage's section names outside the chain: a tokenizer, a model, or the
+    sets that must not be trained on, of which only files that changed are read."""
+    if SOURCES.get(stage) == "decontaminate" and config.get("decontaminate"):
+        from pipelines import source_files
+
+        held = source_files.digests(root, {"sources": [{"source": path} for path in config["decontaminate"]]})
+        return {"decontaminate": hashlib.sha256(repr(sorted(held.items())).encode()).hexdigest()}
+    return {key: bytes_of(path) for key, path in source_of(root, stage, config).items()}
+
+
 def sources(root: Path, params: dict[str, Any]) -> dict[str, str | None]:
     """{key: identity of the bytes that it names}, for every key that may name some; None where it names nothing."""
     found: dict[str, str | None] = dict.fromkeys(SOURCES.values())
     for stage in SOURCES:
-        found |= {key: bytes_of(path) for key, path in source_of(root, stage, params.get(stage) or {}).items()}
+        found |= outside(root, stage, params.get(stage) or {})
     return found
 
 
 def identify(root: Path, stage: str, config: dict[str, Any], code: str) -> tuple[str, dict[str, str]]:
     """The fingerprint that `stage` will have on the inputs that lie here, and the digests of these inputs."""
     inputs = {name: digest(folder) for name, folder in inputs_of(root, stage).items()}
-    inputs |= {key: bytes_of(path) for key, path in source_of(root, stage, config).items()}
+    inputs |= outside(root, stage, config)
     return fingerprint(stage, config, code, inputs), inputs
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from components.artifact import RECORD, Damaged, digest, fingerprint, read_record, sha256
 from pipelines import dvc, ranks, snapshot
 from pipelines.console import clock, console, key_metric, say
-from pipelines.identity import STAGES, bytes_of, code_hashes
+from pipelines.identity import STAGES, code_hashes
 from pipelines.run import last_run
 from pipelines.stages import read_run
 
@@ -32,7 +32,7 @@ def plan(root: Path, params: dict[str, Any]) -> list[dict[str, Any]]:
         inputs = {name: known.get(name) for name in dvc.inputs_of(root, stage)}
         action = "run" if reasons else "keep"
         if all(inputs.values()):
-            inputs |= {key: bytes_of(path) for key, path in dvc.source_of(root, stage, params[stage]).items()}
+            inputs |= dvc.outside(root, stage, params[stage])
             mark = fingerprint(stage, params[stage], code[stage], {k: str(v) for k, v in inputs.items()})
             diary = root / ".forja" / "stages" / f"{stage}-{mark}"
             if action == "keep" and (root / "artifacts" / stage / RECORD).is_file():

@@ -24,9 +24,15 @@ def test_stale_when_the_bytes_change(checkout: Path, fake: object) -> None:
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"one")
     (model / "tokenizer.json").write_text("{}")
-    changes = {"pretrain": section(init="model"), "tokenize": section(tokenizer=str(model))}
+    held_out = checkout / "held-out.jsonl"
+    held_out.write_text('{"question": "Who?", "choices": ["a", "b"], "answer": 0}\n')
+    changes = {
+        "validate": section(decontaminate=["held-out.jsonl"]),
+        "pretrain": section(init="model"),
+        "tokenize": section(tokenizer=str(model)),
+    }
     held = dvc.sources(checkout, params(**changes))
-    assert dvc.sources(checkout, params()) == {"tokenizer": None, "init": None}
+    assert dvc.sources(checkout, params()) == {"decontaminate": None, "tokenizer": None, "init": None}
     code = identity.code_hashes(checkout)
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     (checkout / "data.dvc").write_text("outs: [{md5: data.dir, path: data}]\n")
@@ -46,6 +52,13 @@ def test_stale_when_the_bytes_change(checkout: Path, fake: object) -> None:
     def stale() -> dict[str, list[str]]:
         return {stage: reasons for stage, reasons in dvc.stale(checkout, params(**changes)).items() if reasons}
 
+    assert stale() == {}
+    held_sets = dvc.outside(checkout, "validate", changes["validate"])
+    held_out.write_text('{"question": "Why?", "choices": ["a", "b"], "answer": 0}\n')
+    assert stale()["validate"] == ["what validate.decontaminate names changed"]
+    assert dvc.outside(checkout, "validate", changes["validate"]) != held_sets
+    held_out.write_text('{"question": "Who?", "choices": ["a", "b"], "answer": 0}\n')
+    assert dvc.outside(checkout, "validate", changes["validate"]) == held_sets
     assert stale() == {}
     before = dvc.identify(checkout, "pretrain", changes["pretrain"], "c")
     (model / "model.safetensors").write_bytes(b"two")
