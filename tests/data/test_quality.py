@@ -200,7 +200,7 @@ def test_filters_in_turn_and_the_first_reason_is_kept() -> None:
     assert reasons([short], Quality.model_validate(["fineweb", "gopher"]))[0] == "quality: gopher: words 2 < 50"
     assert reasons([short], Quality.model_validate(["c4", "fineweb"]))[0].startswith("quality: c4: ")
     assert reasons([short], Quality.model_validate(["fineweb"]))[0].startswith("quality: fineweb: share of short")
-    assert reasons([short], Quality.model_validate([])) == [""]
+    assert reasons([short], Quality.model_validate(None)) == reasons([short], Quality.model_validate([])) == [""]
     assert Quality.model_validate(FILTERS) == ALL
     found = by_filter([short, ENGLISH], ALL)
     assert list(found) == FILTERS and [bool(of[0]) for of in found.values()] == [True, True, True]
