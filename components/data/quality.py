@@ -82,7 +82,8 @@ class FineWeb(BaseModel, frozen=True, extra="forbid"):
 
 
 class Quality(BaseModel, frozen=True, extra="forbid"):
-    """Which filters are asked for. A list of names takes the papers' limits; a mapping says what is to differ."""
+    """Which filters are asked for. A list of names takes the papers' limits; a mapping says what is to differ; null is
+    none."""
 
     gopher: Gopher | None = None
     c4: C4 | None = None
@@ -93,7 +94,7 @@ class Quality(BaseModel, frozen=True, extra="forbid"):
     def _named(cls, given: Any) -> Any:
         if isinstance(given, list):
             return {str(name): {} for name in given}
-        return given
+        return given or {}
 
 
 ALL = Quality(gopher=Gopher(), c4=C4(), fineweb=FineWeb())
