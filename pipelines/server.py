@@ -88,8 +88,9 @@ def prefect_api(root: Path) -> Iterator[Callable[[], None]]:
     os.environ["PREFECT_API_URL"] = url
     try:
         yield lambda: _wait(p, url, folder / "server.log")
-        _drain()
     finally:
+        if answers(url):  # of an interrupted run too, what is left is sent
+            _drain()
         del os.environ["PREFECT_API_URL"]
         end_tree(p)
 
