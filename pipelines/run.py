@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -90,7 +91,17 @@ def _finish(outcome: Any, status: str, begun: float) -> None:
         model = outcome.model
         say(f"{model.name} version {model.version} is {model.alias}{'' if model.new else ', as before'}.")
     if not outcome.reason and outcome.model:
-        say('Next: forja generate "What does json.dumps do?"   forja report --open   forja ui')
+        say(f"Next: forja generate {_question(root, outcome.params)}   forja report --open   forja ui")
+
+
+def _question(root: Path, params: dict[str, Any]) -> str:
+    """One to ask the model, as the command line takes it: of the demo its own, of other data one that PPO was shown."""
+    if any(source["source"] == "python-docs" for source in params["ingest"]["sources"]):
+        return '"What does json.dumps do?"'
+    rows = (root / "artifacts/ppo/samples.jsonl").read_bytes().splitlines()
+    asked = shlex.quote(min((json.loads(row)["prompt"] for row in rows), key=len))
+    langs = params["sft"]["prompts"]
+    return asked if "en" in langs else f"{asked} --lang {min(langs)}"
 
 
 def last_run(root: Path) -> dict[str, Any]:
