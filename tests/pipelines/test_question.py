@@ -24,5 +24,5 @@ def test_the_question_is_of_the_data_and_in_a_language_of_the_model(
     rows = [{"prompt": "Una pregunta más larga que la otra"}, {"prompt": "¿Cuánto es 'esto'?"}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "artifacts" / "ppo" / "samples.jsonl").write_text(text, encoding="utf-8")
-    params = {"ingest": {"sources": [{"source": source}]}, "sft": {"prompts": dict.fromkeys(langs, {})}}
+    params = {"ingest": {"sources": [{"source": source}]}, "sft": {"prompts": {lang: {} for lang in langs}}}
     assert shlex.split(_question(tmp_path, params)) == said
