@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas
 
 EXAMPLES = 3
+FEW = 30  # rows of which nobody can tell whether their classes are even
 DIALOGUES = ("instructions", "preferences", "prompts")
 WORD = pa.dictionary(pa.int32(), pa.string())  # of which there are few
 FACTS = pa.schema(
@@ -24,7 +25,7 @@ FACTS = pa.schema(
         "broken": pa.string(),  # the rule that a line breaks: it has no other facts then
         "unwanted": pa.string(),  # why the recipe does not want the row
         "id": pa.string(),
-        **dict.fromkeys(("source", "licence", "lang", "split", "roles", "kind"), WORD),
+        **dict.fromkeys(("source", "licence", "lang", "split", "roles", "kind", "label"), WORD),
         **dict.fromkeys(("provenance", "object", "damaged", "differs", "answer_beyond"), pa.bool_()),
         **dict.fromkeys(("n_chars", "n_choices", "same_choices"), pa.int64()),
     }
@@ -43,10 +44,12 @@ def facts(table: str, row: Row, text: str) -> dict[str, Any]:
             "kind": row["kind"],
             "differs": len(answers_of(row)) == 1 or len(set(map(said, answers_of(row)))) == 2,
         }
+        found["label"] = f"{'good' if 'chosen' in row else 'bad'} of judged" if row["kind"] == "judged" else None
     if table == "eval":
         many = len(row["choices"])
         found |= {"n_choices": many, "same_choices": many - len(set(row["choices"]))}
         found["answer_beyond"] = not 0 <= row["answer"] < many
+        found["label"] = f"{row['answer'] + 1} of {many}"
     return found
 
 
@@ -54,11 +57,22 @@ def frame(table: str, kept: pa.Table, content: np.ndarray, splits_of_object: np.
     """The facts about the kept rows, one row each, with a number for what each says and the splits of its object."""
     names = ["id", "source", "licence", "provenance", "object", "lang", "split", "n_chars", "damaged"]
     names += ["roles"] if table in DIALOGUES else []
-    names += ["kind", "differs"] if table == "preferences" else []
-    names += ["same_choices", "n_choices", "answer_beyond"] if table == "eval" else []
+    names += ["kind", "differs", "label"] if table == "preferences" else []
+    names += ["same_choices", "n_choices", "answer_beyond", "label"] if table == "eval" else []
     found = kept.select(names).to_pandas()
+    if "label" in names:
+        found["class_share"] = class_shares(found["label"])
     found["content"], found["splits_of_object"] = content, splits_of_object
     return found
+
+
+def class_shares(labels: "pandas.Series[Any]") -> "pandas.Series[Any]":
+    """For each row the share of its class among the classes of its kind ("1 of 4" among those "of 4"); none for rows
+    without a class, and of kinds with too few rows to tell."""
+    said = labels.astype(object)
+    kinds = said.map(lambda label: label.partition(" of ")[2], na_action="ignore")
+    times, many = said.map(said.value_counts()), kinds.map(kinds.value_counts())
+    return (times / many).where(many >= FEW).astype(float)
 
 
 def suite(table: str, limits: Limits) -> list[Any]:
@@ -91,6 +105,8 @@ def suite(table: str, limits: Limits) -> list[Any]:
         found.append(gxe.ExpectColumnValuesToBeBetween(column="n_choices", min_value=few, max_value=many))
         found.append(gxe.ExpectColumnValuesToBeInSet(column="same_choices", value_set=[0]))
         found.append(gxe.ExpectColumnValuesToBeInSet(column="answer_beyond", value_set=[False]))
+    if table in ("preferences", "eval") and limits.max_class_share is not None:
+        found.append(gxe.ExpectColumnValuesToBeBetween(column="class_share", max_value=limits.max_class_share))
     return found
 
 
@@ -121,20 +137,24 @@ def expectations(
             asset = source.add_dataframe_asset(f"{table} {name}")
             batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": data})
             result = batch.validate(gx.ExpectationSuite(name=f"{table} {name}", expectations=wanted))
-            found[table] += [_result(r.to_json_dict()) for r in result.results]
+            found[table] += [_result(r.to_json_dict(), data) for r in result.results]
     return found
 
 
-def _result(found: dict[str, Any]) -> dict[str, Any]:
-    """The lasting part of one result: no batch, id or time."""
+def _result(found: dict[str, Any], data: "pandas.DataFrame") -> dict[str, Any]:
+    """The lasting part of one result: no batch, id or time. Examples name their rows."""
     config, result = found["expectation_config"], found["result"]
     kwargs = {k: v for k, v in config["kwargs"].items() if k not in ("batch_id", "column")}
-    examples = [str(x)[:200] for x in result.get("partial_unexpected_list", [])[:EXAMPLES]]
+    values, column = result.get("partial_unexpected_list", []), config["kwargs"].get("column", "")
+    examples = [str(x)[:200] for x in values[:EXAMPLES]]
+    if values and "id" in data and column != "id":
+        rows = data[data[column].isin(values)].head(EXAMPLES)
+        examples = [f"{value} in {name}"[:200] for value, name in zip(rows[column], rows["id"], strict=True)]
     if found["exception_info"].get("raised_exception"):
         examples = [str(found["exception_info"]["exception_message"])[:200]]
     return {
         "expectation": config["type"],
-        "column": config["kwargs"].get("column", ""),
+        "column": column,
         "kwargs": kwargs,
         "success": bool(found["success"]),
         "rows": int(result.get("element_count", result.get("observed_value", 0))),

@@ -11,7 +11,7 @@ from components.data.rules import Limits, Unfit, check, parse
 from components.data.validate import Config, run
 from components.log import silent
 
-LIMITS = Limits(min_chars=5, max_chars=1000, max_rejected_share=0.9)
+LIMITS = Limits(min_chars=5, max_chars=1000, max_rejected_share=0.9, max_class_share=0.8)
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 LEAK = "Serialize an object to a text that others can read"
 
@@ -252,3 +252,24 @@ def test_what_the_recipe_asks_for(tmp_path: Path) -> None:
     kept = (out / "corpus.jsonl").read_bytes().split(b"\n")
     assert kept[0] == corpus[1] and json.loads(kept[1])["text"].startswith("Write to [EMAIL], she")
     assert (metrics["pii.flagged"], metrics["unread"]) == (1, 1)
+
+
+def test_a_class_that_is_nearly_all_fails_and_says_which_rows(tmp_path: Path) -> None:
+    """45 of 50 right answers stand first; of the 20 questions with two choices all do, too few to tell."""
+    four = [
+        row(
+            f"q{i}", "test", question=f"Which of these is number {i}?", choices=["a", "b", "c", f"d{i}"], answer=i // 45
+        )
+        for i in range(50)
+    ]
+    two = [row(f"t{i}", "test", question=f"Is it {i}?", choices=["yes", f"no {i}"], answer=0) for i in range(20)]
+    (tmp_path / "data" / "eval").mkdir(parents=True)
+    (tmp_path / "data" / "eval" / "x.jsonl").write_bytes(b"".join(line(r) + b"\n" for r in [*four, *two]))
+    for table in TABLES[:-1]:
+        (tmp_path / "data" / table).mkdir()
+    (tmp_path / "data" / "corpus" / "x.jsonl").write_bytes(line(row("c", text="A text of its own.")) + b"\n")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        ForjaError, match=r"eval: .* fails on class_share: 45 of 70 rows, such as 0.9 in q0; .*tables.eval"
+    ):
+        run(config(), tmp_path / "data", tmp_path / "out", silent)
