@@ -90,3 +90,15 @@ def test_gsm8k_test_against_itself_is_all_contaminated_and_train_hardly() -> Non
     folder = needs("gsm8k")
     every = audit([str(folder / "test.jsonl")], [str(folder / "test.jsonl")], quiet)
     assert every["contamination"]["rows"] == every["rows"] == 1319
+
+
+def test_keys_are_those_that_the_guide_names(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("")
+    found = audit([str(tmp_path / "x.jsonl")], [], quiet)
+    guide = (Path(__file__).parents[2] / "docs" / "data-cleaning.md").read_text(encoding="utf-8")
+    told = guide.partition("With `--json` these keys")[2].partition("| check |")[0]
+    rows = [line.split("|")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert [key for row in rows for key in re.findall(r"`(\w+)`", row)] == list(found)
+    for key, value in found.items():
+        inner = value if isinstance(value, dict) and key not in ("tables", "shapes", "languages") else {}
+        assert all(f"`{name}`" in told for name in inner), key
