@@ -38,8 +38,9 @@ IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}(?::{1,2}[0-9A-Fa-f]{1,4}){1,7}(?
 VERSION = re.compile(
     r"(?:\b(?:v|ver|vers|version|versions|versión|versiones|release|build|rev|revision|revisión|python|firmware|"
     r"section|sección|apartado|capítulo|chapter|clause|cláusula|artículo|article|figure|figura|tabla|table|"
-    r"update|upgrade|patch|parche|kernel|driver|asn|oid)\.?:?\s*(?:to\s+|a\s+la\s+|number\s+|número\s+|nº\s*|no\.\s*)?"
-    r"|[=~^<>]=?\s*|/|§\s*|[A-Za-z]-)$",
+    r"updated?|upgraded?|patch|parche|kernel|driver|asn|oid)\.?:?\s*"
+    r"(?:from\s+|to\s+|a\s+la\s+|number\s+|número\s+|nº\s*|no\.\s*)?(?:[\d.]+\s+(?:to|a)\s+)?"
+    r"|[=~^<>]=?\s*|(?<!/)/|§\s*|[A-Za-z]-)$",
     re.IGNORECASE,
 )
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?:[ \u00a0\-]?[A-Za-z0-9]){11,30}(?![A-Za-z0-9])")
@@ -74,6 +75,7 @@ PHONES = (  # whole in themselves
     re.compile(r"(?<![\w+.,\-/$€£])(?<!\d )[89]\d([ .\-\u00a0])\d{3}\1\d\d\1\d\d(?![\w%€$]|[.,\-/]\d| \d)"),
     re.compile(r"(?<![\w+.,\-/$€£])(?<!\d )0\d(?:([ .\-])\d\d)(?:\1\d\d){3}(?![\w%€$]|[.,\-/]\d| \d)"),
     re.compile(r"(?<![\w+.,\-/$€£])(?<!\d )0[1-9]\d{1,3}[ \-]\d{3,4}[ \-]\d{3,4}(?![\w%€$]|[.,\-/]\d| \d)"),
+    re.compile(r"(?<![\w+.,\-/$€£])(?<!\d )0[1-9]\d{3}[ \-]\d{6}(?![\w%€$]|[.,\-/]\d| \d)"),
 )
 BARE = re.compile(
     r"(?<![\w+.,\-/$€£#])\(?\d(?:[ .\-()–]{0,2}\d){6,11}(?![\w%€$]|[.,\-/]\d| \d)"
@@ -148,7 +150,7 @@ def _every(text: str) -> Iterator[Found]:
             if not FILES.fullmatch(m[1]) and not (m[0].startswith("git@") and text[m.end() : m.end() + 1] == ":"):
                 yield Found(m.start() + len(m[0]) - len(m[0].lstrip(".'%-")), m.end(), "email")
     for colon in COLONS.finditer(text):
-        for m in IPV6.finditer(text, max(0, colon.start() - 4), colon.start() + 44):
+        for m in IPV6.finditer(text, max(0, colon.start() - 39), colon.start() + 44):
             if _ipv6(m[0]):
                 yield Found(m.start(), m.end(), "ip")
     numbers = [m.span() for m in LONG_NUMBER.finditer(text)]
