@@ -19,6 +19,7 @@ from components.data.words import Words, cut, gram_hashes, mix, word_hashes
 HASHES = 128
 SHINGLE = 5
 GROUP = 8  # members of one band's bucket that are all compared with each other; of more, with the first and the next
+MANY = 1 << 22  # candidates that are judged together
 CHUNK = 16_384  # shingles hashed at once: the working set stays in the second-level cache
 
 
@@ -117,38 +118,47 @@ def pairs(keys: Iterator[np.ndarray], signature: np.ndarray, threshold: float) -
     """The pairs [p, 2] of texts that are near-duplicates. `keys` yields the hashes [n] of one band after another;
     `signature` [n, 128] may lie on disk."""
     found: list[np.ndarray] = []
-    seen = np.empty(0, np.uint64)
     least = cutoff(threshold)
-    for band in keys:
-        new = np.setdiff1d(_candidates(band), seen, assume_unique=False)
-        seen = np.union1d(seen, new)
+    for new in _new_candidates(keys):
         for i in range(0, len(new), 65_536):
             part = new[i : i + 65_536]
             left, right = (part >> np.uint64(32)).astype(np.int64), (part & np.uint64(0xFFFFFFFF)).astype(np.int64)
-            same = ((signature[left] == signature[right]).sum(1) >= least) & signature[left].any(1)
+            of_left = signature[left]
+            same = (np.count_nonzero(of_left == signature[right], axis=1) >= least) & of_left.any(1)
             found.append(np.stack([left[same], right[same]], axis=1))
     return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+
+
+def _new_candidates(keys: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The candidates of the bands, some millions at a time, each once."""
+    waiting: list[np.ndarray] = []
+    seen = np.empty(0, np.uint64)
+    for band in keys:
+        waiting.append(_candidates(band))
+        if sum(map(len, waiting)) > MANY:
+            new = np.setdiff1d(np.concatenate(waiting), seen)
+            seen, waiting = np.union1d(seen, new), []
+            yield new
+    if waiting:
+        yield np.setdiff1d(np.concatenate(waiting), seen)
 
 
 def _candidates(band: np.ndarray) -> np.ndarray:
     """Pairs (left << 32 | right, left < right) that share a bucket: all of a small one, of a large one those with its
     first member and with the next."""
-    order = np.argsort(band, kind="stable").astype(np.uint64)
-    keys = band[order.astype(np.int64)]
-    begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.empty(0, np.int64)
-    first = np.repeat(begins, np.diff(np.append(begins, len(keys))))
-    out = [np.empty(0, np.uint64)]
-    at = np.arange(len(keys))
+    both = band.astype(np.uint64) << np.uint64(32) | np.arange(len(band), dtype=np.uint64)
+    both.sort()
+    text = both & np.uint64(0xFFFFFFFF)
+    begins = np.concatenate(([True], (both[1:] ^ both[:-1]) > np.uint64(0xFFFFFFFF)))[: len(both)]
+    at = np.flatnonzero(~begins)
+    starts = np.flatnonzero(begins)
+    first = starts[np.searchsorted(starts, at, "right") - 1]
+    out = [text[first] << np.uint64(32) | text[at]]
     for step in range(1, GROUP):
-        left = at[step:] - step
-        good = left >= first[step:]
-        if not good.any():
-            break
-        if step == 1:
-            ahead = at[at > first]
-            out.append(order[first[ahead]] << np.uint64(32) | order[ahead])
-        out.append(order[left[good]] << np.uint64(32) | order[at[step:][good]])
-    return np.unique(np.concatenate(out))
+        near = at - step >= first
+        at, first = at[near], first[near]
+        out.append(text[at - step] << np.uint64(32) | text[at])
+    return np.concatenate(out)
 
 
 def clusters(n: int, found: np.ndarray) -> np.ndarray:
