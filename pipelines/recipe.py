@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from components.artifact import ForjaError, write_atomic
+from components.data.spread import Executor
 from pipelines.identity import MODULES
 
 Params = dict[str, Any]
@@ -44,7 +45,7 @@ def use(root: Path, recipe: Path, sets: list[str]) -> Params:
 
 
 def compose(root: Path, recipe: Path, sets: list[str]) -> Params:
-    """The complete recipe: {"recipe", "seed", one section a stage, "promote"}.
+    """The complete recipe: {"recipe", "seed", one section a stage, "executor", "promote"}.
 
     Raises ForjaError with one line for each thing that is wrong: the key, the reason and the mend.
     """
@@ -134,7 +135,7 @@ def named(root: Path, kind: str, name: str, key: str) -> Any:
 
 def _checked(recipe: Path, plain: Params) -> Params:
     """Every section through the Config of its stage; all complaints at once."""
-    sections = [*MODULES, "promote"]
+    sections = [*MODULES, "executor", "promote"]
     known = ["recipe", "seed", *sections]
     wrong = [f"{recipe}: {k}: unknown key{_closest(k, known)}" for k in plain if k not in known]
     params: Params = {}
@@ -154,6 +155,8 @@ def _checked(recipe: Path, plain: Params) -> Params:
 def _schema(name: str) -> type[BaseModel]:
     if name in ("", "promote"):
         return Promote if name else Top
+    if name == "executor":
+        return Executor
     schema: type[BaseModel] = importlib.import_module(MODULES[name]).Config
     return schema
 

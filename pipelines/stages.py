@@ -21,6 +21,7 @@ import psutil
 from pydantic import ValidationError
 
 from components.artifact import RECORD, ForjaError, building, read_record, to_json, write_atomic, write_record
+from components.data.spread import Executor
 from components.log import Log, Metrics, lasting
 from pipelines import dvc, ranks
 from pipelines.checkout import home
@@ -78,7 +79,7 @@ class Job(NamedTuple):
     cfg: Any
     identity: dict[str, Any]  # what its record says of it: config, code, inputs
     mark: str
-    arguments: dict[str, Path]
+    arguments: dict[str, Any]
     scratch: Path
     diary: Path
     out: Path
@@ -97,6 +98,9 @@ def _prepared(root: Path, name: str) -> Job:
     for source in sources.values():
         if (source / RECORD).is_file():
             read_record(source)
+    executor = {}
+    if "executor" in module.run.__annotations__:
+        executor["executor"] = Executor.model_validate(dvc.section(root, "executor"))  # checked by the recipe
     config = cfg.model_dump(mode="json")
     code = code_hashes(root)[name]
     mark, inputs = dvc.identify(root, name, config, code)
@@ -107,7 +111,7 @@ def _prepared(root: Path, name: str) -> Job:
         cfg,
         {"config": config, "code": code, "inputs": inputs},
         mark,
-        {**folders, **sources, **({"scratch": scratch} if takes_scratch(module) else {})},
+        {**folders, **sources, **({"scratch": scratch} if takes_scratch(module) else {}), **executor},
         scratch,
         diary_of(root, name, mark),
         root / "artifacts" / name,

@@ -100,13 +100,13 @@ def poisoned(
             np.add(c, more, out=c)
         (shard.work / "counts.zst").unlink()
     gone = [Chosen(s, g & ~x) for s, g, x in zip(shards, good, left, strict=True) if (g & ~x).any()]
-    for job in each(count, gone, executor, _size(gone)):
+    for job in each(count, gone, executor, _size(gone), logs):
         for c, less in zip(counts, load_counts(job.shard.work / "gone.zst"), strict=True):
             np.subtract(c, less, out=c)
         (job.shard.work / "gone.zst").unlink()
     save_counts(counts, logs / "counts.zst")
     jobs = [Ordered(s, x, logs / "counts.zst", None) for s, x in zip(shards, left, strict=True)]
-    for _ in each(suspect, jobs, executor, _size(jobs)):
+    for _ in each(suspect, jobs, executor, _size(jobs), logs):
         pass
     seen = [dict(np.load(s.work / "suspects.npz")) for s in shards]
     if not seen:
@@ -116,7 +116,7 @@ def poisoned(
     if not len(phrases):
         return []
     jobs = [job._replace(phrases=phrases) for job in jobs]
-    for _ in each(follow, jobs, executor, _size(jobs)):
+    for _ in each(follow, jobs, executor, _size(jobs), logs):
         pass
     places = [
         (int(phrase), int(t) + int(n), float(mean))
@@ -155,7 +155,7 @@ def make_index(
     """An index, in `folder`, of what is held out: `extra`, the eval rows and the test split's."""
     jobs = [Hold(s, m, whole, redact) for s, m in zip(shards, masks, strict=True)]
     folder.mkdir(parents=True)
-    for _ in each(hold, jobs, executor, _size(jobs)):
+    for _ in each(hold, jobs, executor, _size(jobs), folder):
         pass
     tables = [extra]
     for table in dict.fromkeys(s.table for s in shards):
@@ -215,7 +215,7 @@ def contaminated(folder: Path) -> Iterator[dict[str, str]]:
         nothing = held.HELD.empty_table()
         make_index(found, every, nothing, contamination.NGRAM, held.WHOLE, False, HERE, index)
         jobs = [Search(shard, None, index, "off") for shard in found]
-        for job in each(search, jobs, HERE, _size(jobs)):
+        for job in each(search, jobs, HERE, _size(jobs), index):
             for _, name, owner, phrase in orjson.loads((job.shard.work / "found.json").read_bytes())["contaminated"]:
                 yield {"table": job.shard.table, "id": name, "held": owner, "phrase": phrase}
 

@@ -1,19 +1,19 @@
-"""One function over many pieces of work, on all cores.
+"""One function over many pieces of work: on all cores of this machine, or by datatrove on a Ray or a Slurm cluster.
 
 What a piece of work finds it writes to files, under names that follow from the piece, so nothing depends on who does
-it, and when.
+it, where and when.
 """
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from components.artifact import ForjaError
-from components.data.convert import cores, die_with_parent
 
 WORTH = 1 << 25  # bytes; less is done faster by this process alone than by several
 
@@ -23,15 +23,34 @@ Job = TypeVar("Job")
 class Executor(BaseModel, frozen=True, extra="forbid"):
     """Who does the pieces of work. No part of a result's identity: the bytes are the same whoever does them."""
 
-    workers: int | None = Field(ge=1)  # pieces at a time; null: as many as there are cores
+    kind: Literal["local", "ray", "slurm"]
+    workers: int | None = Field(ge=1)  # pieces at a time; null: as many as there are cores, on a cluster no limit
+    partition: str | None  # of Slurm
+    minutes: int = Field(ge=1)  # that Slurm gives a piece
+    memory_gb: int = Field(ge=1)  # that Ray or Slurm keeps for a piece
+
+    @model_validator(mode="after")
+    def _slurm_wants_a_partition(self) -> "Executor":
+        if self.kind == "slurm" and self.partition is None:
+            raise ValueError("kind slurm wants a partition")
+        return self
 
 
-HERE = Executor(workers=None)
+HERE = Executor(kind="local", workers=None, partition=None, minutes=60, memory_gb=2)
 
 
-def each(work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, size: int) -> Iterator[Job]:
+def each(work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, size: int, logs: Path) -> Iterator[Job]:
     """Do `work` for all jobs; yields each in its order once it is done. `size` is how many bytes there are to read:
-    where they are few, this process does them alone. Raises what the first piece that failed raised."""
+    where they are few, this process does them alone; `logs` is a folder for what a cluster has to say. Raises what the
+    first piece that failed raised."""
+    if executor.kind != "local":
+        from components.data import cluster
+
+        cluster.run(work, jobs, executor, logs / _named(work))
+        yield from jobs
+        return
+    from components.data.convert import cores, die_with_parent
+
     workers = min(executor.workers or cores(), len(jobs))
     if workers <= 1 or (executor.workers is None and size < WORTH):
         for job in jobs:

@@ -55,13 +55,15 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
 
 def run(cfg: Config, data: Path, out: Path, log: Log, executor: Executor = HERE) -> dict[str, float]:
-    """Write the kept rows of every table, rejected.jsonl, funnel.json, expectations.json and docs/index.html to `out`.
+    """Write the kept rows of every table, rejected.jsonl, funnel.json (by table), sources.json (by source),
+    expectations.json, flagged.json and docs/index.html to `out`.
 
     Raises ForjaError, naming table, expectation and examples, when an expectation does not hold.
     """
     work = out / ".work"
     limits: dict[str, Limits] = {table: getattr(cfg.tables, table) for table in TABLES}
     tables = _looked(cfg, limits, data, work, log, executor)
+    sources = _by_source(data, tables)
     for table in tables:
         table.reject_used_ids()
         table.reject_duplicates()
@@ -82,6 +84,7 @@ def run(cfg: Config, data: Path, out: Path, log: Log, executor: Executor = HERE)
     shown, unread = _write(tables, data, out)
     page = datadocs.render(funnel, found, shown)
     (out / "funnel.json").write_text(to_json(funnel), encoding="utf-8", newline="\n")
+    (out / "sources.json").write_text(to_json(sources), encoding="utf-8", newline="\n")
     (out / "expectations.json").write_text(to_json(found), encoding="utf-8", newline="\n")
     (out / "docs").mkdir()
     (out / "docs" / "index.html").write_text(page, encoding="utf-8", newline="\n")
@@ -109,7 +112,7 @@ def _looked(
         for shard in found
     ]
     work.mkdir(parents=True)
-    for i, _ in enumerate(each(look, jobs, executor, sum(s.end - s.start for s in found)), start=1):
+    for i, _ in enumerate(each(look, jobs, executor, sum(s.end - s.start for s in found), work), start=1):
         log({"progress": 0.4 * i / len(jobs)}, 1)
     return [load(table, [s for s in found if s.table == table]) for table in TABLES]
 
@@ -147,7 +150,7 @@ def _searched(cfg: Config, tables: list[Table], work: Path, executor: Executor) 
     each_shard = [s for _, s, _ in found]
     clean.make_index(each_shard, held, extra, cfg.ngram, cfg.whole, redact, executor, work / "index")
     jobs = [clean.Search(s, left, work / "index", cfg.pii) for _, s, left in found]
-    done = each(clean.search, jobs, executor, sum(s.end - s.start for s in each_shard))
+    done = each(clean.search, jobs, executor, sum(s.end - s.start for s in each_shard), work)
     for (table, shard, _), _ in zip(found, done, strict=True):
         first = table.first[table.shards.index(shard)]
         said = orjson.loads((shard.work / "found.json").read_bytes())
@@ -185,7 +188,7 @@ def _write(tables: list[Table], data: Path, out: Path) -> tuple[list[dict[str, A
                     if seen[kind] <= datadocs.EXAMPLES:
                         shown.append(row | {"row": row["row"][: datadocs.EXAMPLE_CHARS]})
         unread = 0
-        for row in _unread(data):
+        for row, _ in _unread(data):
             away.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
             unread += 1
     return shown, unread
@@ -205,14 +208,40 @@ def _sorted_out(table: Table, kept: IO[bytes]) -> Iterator[dict[str, Any]]:
                 yield {"table": table.name, "file": file, "line": number, "reason": table.why[i], "row": row}
 
 
-def _unread(data: Path) -> Iterator[dict[str, Any]]:
-    """What ingest turned away, as rows of rejected.jsonl."""
+def _unread(data: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """What ingest turned away, as rows of rejected.jsonl, each with its source."""
     path = data / "quarantine.jsonl"
     if path.is_file():
         with path.open("rb") as f:
             for r in map(json.loads, f):
                 kept = {"file": r["file"], "line": r["line"], "reason": r["reason"], "row": r["raw"]}
-                yield {"table": "unread", **kept}
+                yield {"table": "unread", **kept}, r["source"]
+
+
+def _by_source(data: Path, tables: list[Table]) -> dict[str, dict[str, Any]]:
+    """Records read, kept and turned away by source, as ingest says and as its files hold. Raises ForjaError where the
+    two differ. A data folder that ingest did not make says nothing of its sources."""
+    path = data / "sources.json"
+    if not path.is_file():
+        return {}
+    said = {s["source"]: s for s in json.loads(path.read_bytes())}
+    away: dict[str, Counter[str]] = {source: Counter() for source in said}
+    for row, source in _unread(data):
+        away.setdefault(source, Counter())[category(row["reason"])] += 1
+    mend = "the folder is not as ingest left it: run `forja ingest` again"
+    for source, reasons in away.items():
+        claim = said.get(source, {"read": 0, "kept": 0, "quarantined": 0})
+        if claim["read"] != claim["kept"] + reasons.total() or claim["quarantined"] != reasons.total():
+            counted = f"{claim['read']} read, {claim['kept']} kept, but {reasons.total()} in quarantine.jsonl"
+            raise ForjaError(f"{path}: {source}: {counted}; {mend}")
+    for table in tables:
+        claimed = sum(r["rows"] for s in said.values() for r in s["rows"] if r["table"] == table.name)
+        if claimed != len(table.left):
+            raise ForjaError(f"{path}: {claimed} rows of {table.name}, but {len(table.left)} lines; {mend}")
+    return {
+        source: {**{k: said[source][k] for k in ("read", "kept", "quarantined")}, "reasons": dict(reasons)}
+        for source, reasons in away.items()
+    }
 
 
 def _funnel(table: Table) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Validate: planted faults are rejected with file, line and reason; the counts are made by hand."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.artifact import ForjaError
+from components.data import shards
 from components.data.rules import Limits, Unfit, check, parse
+from components.data.spread import HERE, each
 from components.data.validate import Config, run
 from components.log import silent
 
@@ -216,6 +219,66 @@ def test_lenient_numbers_and_depths_are_refused(text: bytes) -> None:
 
 def test_an_escaped_backslash_is_no_nul() -> None:
     assert parse(rb'{"a": "\\u0000"}') == {"a": "\\u0000"}
+
+
+def test_neither_workers_nor_shards_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["ana", "lake", "wrote", "house", "summer", "ana@example.org", "keys", "of", "the", "to", "by", "and"]
+    rng = random.Random(3)
+    long = [" ".join(rng.choices(words, k=40)) for _ in range(60)]
+    corpus = [line(row(f"w{i}", rng.choice(["train", "test"]), text=long[rng.randrange(50)])) for i in range(120)]
+    data = write(tmp_path / "data", {"corpus": CORPUS + corpus, **OTHERS})
+    asked = config(near_duplicates=0.7, languages=["en"], pii="redact", poison="drop")
+    made = []
+    for size, workers in ((shards.SIZE, None), (12_000, 2)):
+        monkeypatch.setattr(shards, "SIZE", size)
+        (out := tmp_path / f"out-{size}").mkdir()
+        metrics = run(asked, data, out, silent, HERE.model_copy(update={"workers": workers}))
+        made.append((metrics, {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}))
+    assert made[0] == made[1]
+
+
+def test_a_worker_that_fails_says_where(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        list(each(_reads, [tmp_path / "gone.jsonl"] * 3, HERE.model_copy(update={"workers": 2}), 0, tmp_path))
+
+
+def _reads(path: Path) -> None:
+    path.read_bytes()
+
+
+def manifest(data: Path, read: int, rows: int) -> None:
+    away = {"file": "a.txt", "line": 3, "reason": "not UTF-8: byte 1", "raw": "x", "source": "a"}
+    (data / "quarantine.jsonl").write_bytes(line(away) + b"\n")
+    told = {
+        "source": "a",
+        "read": read,
+        "kept": read - 1,
+        "quarantined": 1,
+        "rows": [{"table": "corpus", "rows": rows}],
+    }
+    (data / "sources.json").write_bytes(line([told]))
+
+
+def test_what_ingest_read_is_what_it_kept_and_turned_away(tmp_path: Path) -> None:
+    data = write(tmp_path / "data", {"corpus": CORPUS[4:7]})
+    manifest(data, 4, 3)
+    (out := tmp_path / "out").mkdir()
+    run(config(), data, out, silent)
+    counted = json.loads((out / "sources.json").read_text(encoding="utf-8"))
+    assert counted == {"a": {"read": 4, "kept": 3, "quarantined": 1, "reasons": {"not UTF-8": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("read", "rows", "said"), [(4, 2, "2 rows of corpus, but 3 lines"), (4, 3, "but 0 in quarantine")]
+)
+def test_a_snapshot_that_lost_rows_is_refused(tmp_path: Path, read: int, rows: int, said: str) -> None:
+    data = write(tmp_path / "data", {"corpus": CORPUS[4:7]})
+    manifest(data, read, rows)
+    if "quarantine" in said:
+        (data / "quarantine.jsonl").unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ForjaError, match=said):
+        run(config(), data, tmp_path / "out", silent)
 
 
 LAST = "A quiet harbour town wakes slowly while the first boats return with their nets and the gulls follow them home"

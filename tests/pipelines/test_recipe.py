@@ -18,6 +18,7 @@ reward: {lr: 0.1, steps: 1}
 ppo: {lr: 0.1, steps: 1}
 quantize: {lr: 0.1, steps: 1}
 evaluate: {lr: 0.1, steps: 1}
+executor: {kind: local, workers: null, partition: null, minutes: 60, memory_gb: 2}
 promote: {name: forja, alias: champion}
 """
 
@@ -65,6 +66,7 @@ def test_set_reaches_what_interpolates(conf: Path) -> None:
         ("sft.lr=[1", ["--set sft.lr=[1"]),
         ("sft.lr=${sed}", ["sft.lr", "sed"]),
         ("promote=1", ["promote"]),
+        ("executor.kind=slurm", ["executor", "slurm wants a partition"]),
     ],
 )
 def test_a_wrong_set_is_one_clear_line(conf: Path, sets: str, words: list[str]) -> None:
