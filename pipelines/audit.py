@@ -39,6 +39,7 @@ def _table(found: dict[str, Any]) -> Table:
         ("low quality", f"{_counts(found['quality']['filters'])} of {found['tables'].get('corpus', 0):,} documents"),
         ("personal data", f"{personal['rows']:,} rows: {_counts(personal['kinds'])}"),
         ("turned away", f"{found['quarantine']['records']:,}: {_counts(found['quarantine']['reasons'])}"),
+        ("breaks rules", f"{found['rules']['rows']:,} rows: {_counts(found['rules']['reasons'])}"),
         ("poison", f"{found['poison']['rows']:,} rows{_such(found['poison']['examples'])}"),
     ]
     for name, value in lines:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from components.data import contamination, convert, held, language, neardup, pii, poison, quality, readers, shapes
-from components.data.rules import content
+from components.data.rules import CHECKS, content
 from components.data.sources import hashed
 from components.data.strict import Unfit
 from components.data.words import cut, word_hashes
@@ -111,6 +111,7 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
     kinds: Counter[str] = Counter()
     langs: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    broken: Counter[str] = Counter()
     personal: Counter[str] = Counter()
     filters: Counter[str] = Counter()
     poor: Counter[str] = Counter()
@@ -134,6 +135,7 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
             continue
         texts = [content(i.table, i.row) if i.table != "corpus" else i.row["text"] for i in rows]
         tables.update(i.table for i in rows)
+        broken.update(filter(None, (rule_broken(i) for i in rows)))
         kinds.update(i.shape for i in rows)
         langs.update(lang for lang, _ in language.identify(texts))
         of_table = {t: k for k, t in enumerate(("corpus", "instructions", "preferences", "prompts", "eval"))}
@@ -167,8 +169,18 @@ def audit(paths: Sequence[str], against: Sequence[str], tell: Tell) -> dict[str,
         "quality": {"filters": dict(filters), "reasons": dict(poor.most_common())},
         "pii": {"rows": with_personal, "kinds": dict(personal)},
         "quarantine": {"records": turned, "reasons": dict(reasons)},
+        "rules": {"rows": broken.total(), "reasons": dict(broken.most_common())},
         "poison": {"rows": len(flagged), "examples": flagged[:EXAMPLES]},
     }
+
+
+def rule_broken(item: Item) -> str | None:
+    """The kind of rule that validate would refuse the row for."""
+    try:
+        CHECKS[item.table](item.row)
+    except Unfit as e:
+        return str(e).partition(":")[0]
+    return None
 
 
 def contaminated(index: contamination.Index, rows: Sequence[Item]) -> list[dict[str, str]]:

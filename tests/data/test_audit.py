@@ -102,3 +102,18 @@ def test_keys_are_those_that_the_guide_names(tmp_path: Path) -> None:
     for key, value in found.items():
         inner = value if isinstance(value, dict) and key not in ("tables", "shapes", "languages") else {}
         assert all(f"`{name}`" in told for name in inner), key
+
+
+def test_rules_that_rows_break_are_counted(tmp_path: Path) -> None:
+    asked = {"role": "user", "content": "And?"}
+    every = {
+        "dpo": [{"prompt": "p", "chosen": "x", "rejected": "x"}, {"prompt": "p", "chosen": "x", "rejected": "y"}],
+        "alpaca": [{"instruction": "Say it.", "input": "", "output": text} for text in ("", "It.", " ")],
+        "chat": [{"messages": [asked, asked]}, {"messages": [asked, {"role": "assistant", "content": "Yes."}]}],
+        "choices": [{"question": "Which?", "choices": ["a", "A "], "answer": 0}],
+    }
+    for name, rows in every.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = audit([str(tmp_path)], [], quiet)
+    assert found["rows"] == 8 and found["quarantine"]["records"] == 0
+    assert found["rules"] == {"rows": 5, "reasons": {"empty field": 2, "no preference": 1, "roles": 1, "choices": 1}}
