@@ -21,7 +21,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 @pytest.mark.parametrize("name", identity.STAGES)
 def test_deps_are_the_folders_that_run_takes(name: str) -> None:
     signature = inspect.signature(importlib.import_module(identity.MODULES[name]).run)
-    taken = [p for p in signature.parameters if p not in ("cfg", "out", "scratch", "log")]
+    taken = [p for p in signature.parameters if p not in ("cfg", "out", "scratch", "log", "executor")]
     given = [key for key in OUTSIDE.get(name, []) if key != "decontaminate"]  # validate reads the files itself
     assert sorted([*dvc.inputs_of(ROOT, name), *given]) == sorted(taken)
 
