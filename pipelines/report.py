@@ -183,10 +183,12 @@ def funnel(root: Path) -> Section:
     docs = "artifacts/validate/docs/index.html"
     if not (root / docs).is_file():
         gaps.append(f"{docs}: not made yet; run `forja run`")
+    ingested = read(root, "artifacts/validate/sources.json", dict[str, sources.Ingested], gaps) or {}
     tokens = read(root, "artifacts/tokenize/metrics.json", Numbers, gaps) or {}
     by_lang = {key.removeprefix("bytes_per_token."): value for key, value in tokens.items() if "token." in key}
     return {
         "tables": tables,
+        "ingested": ingested,
         "taken": read(root, "data/sources.json", list[sources.Source], gaps) or [],
         "bytes_per_token": dict(sorted(by_lang.items())),
         "sources": sources.total(t.sources for t in tables.values()),

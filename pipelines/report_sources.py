@@ -45,6 +45,15 @@ class Source(BaseModel):
     licences: dict[str, int]
 
 
+class Ingested(BaseModel):
+    """One source's records: read = kept + quarantined."""
+
+    read: int
+    kept: int
+    quarantined: int
+    reasons: dict[str, int]
+
+
 class Sample(BaseModel):
     prompt: str
     text: str

@@ -55,6 +55,8 @@ def fill(stage: str, folder: Path) -> None:
         }
         names = ["corpus", "instructions", "preferences", "prompts", "eval"]
         (folder / "funnel.json").write_text(to_json({name: table for name in names}))
+        away = {"read": 815, "kept": 811, "quarantined": 4, "reasons": {"not UTF-8": 4}}
+        (folder / "sources.json").write_text(to_json({"a folder of mine": away}))
         (folder / "docs").mkdir()
         (folder / "docs/index.html").write_text("<!doctype html><title>docs</title>")
     if stage == "tokenize":
@@ -316,6 +318,11 @@ def test_the_last_run_is_the_one_that_started_last(checkout: Path) -> None:
     (checkout / ".forja/runs/0000.json").write_text(json.dumps({"recipe": "later", "started": 1_800_000_000.0}))
     (checkout / ".forja/runs/ffff.json").write_text(json.dumps({"recipe": "earlier", "started": 1_700_000_000.0}))
     assert "recipelater" in report(checkout).text
+
+
+def test_the_records_of_each_source_are_counted(checkout: Path) -> None:
+    said = " ".join(section(checkout, "data").split())
+    assert "Records read" in said and re.search(r"a folder of mine ?815 ?811.*4 not UTF-8", said)
 
 
 def test_units() -> None:
