@@ -215,7 +215,7 @@ def test_whole_run(checkout: Path) -> None:
     assert "better than xzholds 2.104below 2.3110.207 2.104 is below 2.311" in gate
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
     sources = " ".join(section(checkout, "data").split())
-    assert "minebooks/<b>37,0207,0128 MIT 12, PSF-2.0 7,000" in sources
+    assert "minebooks/<b>3 MIT 12, PSF-2.0 7,000" in sources
     assert "12 contaminated; 100 duplicate" in section(checkout, "data")
     assert "34,500" in section(checkout, "data")  # five tables of 6,900 kept rows under one licence
     assert "by language: en 2.95, es 2.25." in section(checkout, "data")
