@@ -36,11 +36,10 @@ class Training(Optim, frozen=True, extra="forbid"):
     save_every: int = Field(ge=1)
 
 
-class FineTuning(Training, frozen=True, extra="forbid"):
-    """What SFT and the reward model, which learn from conversations, have in common beside."""
+class Keeping(Training, frozen=True, extra="forbid"):
+    """A training that may end with the weights of another step than the last."""
 
-    long: Literal["cut", "drop"]  # what becomes of conversations longer than the context
-    keep: Literal["best", "last"]  # the step whose weights are kept: that of the lowest held-out loss, or the last
+    keep: Literal["best", "last"]  # the step whose weights are kept: that which did best on held-out rows, or the last
 
     @field_validator("keep")
     @classmethod
@@ -48,6 +47,12 @@ class FineTuning(Training, frozen=True, extra="forbid"):
         if keep == "best" and info.data.get("ema") is not None:
             raise ValueError("best, and ema keeps an average of all steps; set keep to last, or ema to null")
         return keep
+
+
+class FineTuning(Keeping, frozen=True, extra="forbid"):
+    """What SFT and the reward model, which learn from conversations, have in common beside."""
+
+    long: Literal["cut", "drop"]  # what becomes of conversations longer than the context
 
 
 class Diverged(ForjaError):

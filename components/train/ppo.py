@@ -1,25 +1,35 @@
 """PPO from a learnt reward (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022), in numbered steps.
 
-Four models: the policy that learns, the value model that judges its prospects (it starts as the reward model), the
-frozen reference (SFT) that the policy is tied to by a penalty, and the frozen reward model. Every step is a function of
-(seed, step) and of the weights before it, so a killed run goes on to the same bytes.
+Four models: the policy pi that learns, the value model V that judges its prospects (it starts as the reward model), the
+frozen reference (SFT) that the policy is tied to by a penalty, and the frozen reward model. No model has dropout, so a
+text read twice gives the same numbers. Every step is a function of (seed, step) and of the weights before it, so a
+killed run goes on to the same bytes. One rollout:
+
+1. answers a_1 .. a_n to prompts, sampled from pi as it is
+2. read by all: log pi, log ref and V at each token; the score S of each answer, or `unfinished` where it never ended
+3. r_t = -kl_coef kl_t, and S at the last token
+4. A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l});  R_t = A_t + V_t;  A whitened over valid tokens
+5. policy: mean of -min(rho_t A_t, clip(rho_t, 1 +- clip_ratio) A_t), rho_t = pi(a_t) / pi_sampled(a_t)
+6. value: mean of max((V - R)^2, (clip(V, V_sampled +- clip_value) - R)^2) / 2
+7. kl_coef *= 1 + 0.1 clip(KL / kl_target - 1, +-0.2)
+
+The equations are functions in rl.py, the alarms are in alarms.py.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
-from tokenizers import Tokenizer
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from components.artifact import ForjaError
+from components.artifact import ForjaError, to_json
 from components.data.batches import order, pick
-from components.data.chat import SEPARATOR, encode_prompt, special
+from components.data.chat import SEPARATOR, special
 from components.data.templates import stop
-from components.data.tokenize import rows
 from components.log import Log, lasting, silent
 from components.model.checkpoint import TOKENIZER, load, save
 from components.model.checkpoint import default_device as device
@@ -27,17 +37,23 @@ from components.model.engine import Engine
 from components.model.generate import generate
 from components.model.gpt import GPT
 from components.model.losses import pad_right, picked_logprobs
-from components.model.optim import Optim, schedule
-from components.model.ranks import interrupted, split, stoppable
-from components.model.scratch import Saver
-from components.train.loop import Skips, finite
+from components.model.optim import schedule
+from components.model.ranks import agreed, interrupted, split, stoppable
+from components.model.scratch import Saved, Saver
+from components.train import rl
+from components.train.alarms import new_alarms
+from components.train.best import Best
+from components.train.loop import Keeping, Skips, finite
+from components.train.questions import evaluated, questions, write_evaluations
 from components.train.reward import score
 from components.train.samples import write_samples
 from components.world import world
 
+ALARMS = "alarms.json"
+logger = logging.getLogger("forja")
 
-class Config(Optim, frozen=True, extra="forbid"):
-    seed: int
+
+class Config(Keeping, frozen=True, extra="forbid"):
     steps: int = Field(ge=0)  # rollouts
     batch: int = Field(ge=2)  # prompts of a rollout
     minibatches: int = Field(ge=1)
@@ -50,13 +66,20 @@ class Config(Optim, frozen=True, extra="forbid"):
     lam: float = Field(ge=0, le=1)
     clip_ratio: float = Field(gt=0)
     clip_value: float = Field(gt=0)
+    kl_estimator: rl.Estimator
     kl_coef: float = Field(ge=0)
-    kl_target: float | None  # nats an answer; None leaves kl_coef as it is
-    unfinished: float  # the score of an answer that never ends
-    eval_every: int = Field(ge=1)
-    save_every: int = Field(ge=1)
+    kl_target: float | None = Field(gt=0)  # nats an answer; None leaves kl_coef as it is
+    kl_budget: float | None = Field(gt=0)  # nats an answer, over which training ends
+    unfinished: float = Field(allow_inf_nan=False)  # the score of an answer that never ends
     val_rows: int = Field(ge=1)
     sample_rows: int = Field(ge=0)
+
+    @field_validator("kl_budget")
+    @classmethod
+    def _keeps_a_step_within_it(cls, budget: float | None, info: ValidationInfo) -> float | None:
+        if budget is not None and info.data.get("keep") == "last":
+            raise ValueError("the last step is the one that is over it; set keep to best, or kl_budget to null")
+        return budget
 
 
 class Rollout(NamedTuple):
@@ -65,62 +88,9 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, T] prompt and answer, padded behind
     mask: Tensor  # [N, T-1] True where the token is the policy's own
     logprobs: Tensor  # [N, T-1] of the policy as it sampled
-    reference: Tensor  # [N, T-1] of the frozen SFT model
+    kl: Tensor  # [N, T-1] an estimate of the divergence from the frozen SFT model
     values: Tensor  # [N, T-1] the return the value model expects before the token
-    scores: Tensor  # [N] of the reward model
-    finished: Tensor  # [N] True where the answer ended by itself
-
-
-def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef (log pi(a_t) - log ref(a_t)), plus the score at the answer's last token. All [N, T], scores [N].
-
-    The estimator log pi - log ref of the divergence is unbiased under the policy's own samples (Ziegler et al. 2019).
-    """
-    rewards = -kl_coef * (logprobs - reference) * mask
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    return rewards.scatter_add(1, last[:, None], scores[:, None])
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [N, T]: A_t = d_t + gamma lam A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t (Schulman et al. 2016, eq. 16).
-
-    The answer is the contiguous run of True in `mask`; behind its end there is no value and no advantage.
-    """
-    advantages = torch.zeros_like(rewards)
-    after = next_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        after = torch.where(mask[:, t], delta + gamma * lam * after, torch.zeros_like(after))
-        next_value = torch.where(mask[:, t], values[:, t], torch.zeros_like(after))
-        advantages[:, t] = after
-    return advantages
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x with mean 0 and deviation 1 over the valid entries, 0 elsewhere. One entry, or all equal, gives zeros."""
-    valid = x[mask]
-    return (x - valid.mean()) / valid.std(correction=0).clamp(min=1e-8) * mask
-
-
-def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """The sum over valid tokens of -min(rho A, clip(rho, 1 +- clip) A), rho = exp(new - old), and the clipped count."""
-    ratio = torch.exp((new - old) * mask)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    return (loss * mask).sum(), ((ratio != clipped) & mask).sum()
-
-
-def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """The sum over valid tokens of max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2."""
-    clipped = old + (new - old).clamp(-clip, clip)
-    return (0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2) * mask).sum()
-
-
-def next_kl_coef(coef: float, kl: float, target: float | None) -> float:
-    """The adaptive coefficient of Ziegler et al. 2019, section 2.2: up when the divergence is above target."""
-    if target is None:
-        return coef
-    return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+    scores: Tensor  # [N] of the reward model, or the penalty for an answer that never ended
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,9 +99,14 @@ def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, : width + 1], mask[:, :width]
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Those of the policy: what is sampled from is softmax(logits / temperature)."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
 def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """log p [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
-    out = logits.new_zeros(mask.shape)
+    """log pi [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
+    out = torch.zeros(mask.shape, device=logits.device)
     return out.masked_scatter(mask, picked_logprobs(logits, ids[:, 1:][mask]))
 
 
@@ -144,8 +119,9 @@ def roll_out(
     marks: tuple[int, int],
     cfg: Config,
     seed: int,
+    micro: int,
 ) -> tuple[Rollout, dict[str, float]]:
-    """Sample an answer to each prompt and let every model read it, in minibatches of the update's own shape."""
+    """Steps 1 and 2: an answer to each prompt, and what the four models make of it."""
     pad, end = marks
     started = time.perf_counter()
     answers = generate(
@@ -161,50 +137,75 @@ def roll_out(
     last = torch.tensor([len(s) for s in sequences], device=ids.device)[:, None]
     mask = (position >= first) & (position < last)
 
-    logprobs, ref, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
-    entropy = 0.0
-    with torch.no_grad():
-        for rows in torch.arange(len(ids)).chunk(cfg.minibatches):
-            chunk, own = trimmed(ids[rows], mask[rows])
-            width = own.shape[1]
-            logits = policy(chunk[:, :-1], at=own)
-            spread = torch.log_softmax(logits, dim=-1)
-            entropy -= float((spread.exp() * spread).sum())
-            logprobs[rows, :width] = answer_logprobs(logits, chunk, own)
-            ref[rows, :width] = answer_logprobs(reference(chunk[:, :-1], at=own), chunk, own)
-            values[rows, :width] = value(chunk[:, :-1])
+    logprobs, reference_logprobs, values, entropy = read(policy, reference, value, ids, mask, cfg, micro)
     finished = torch.tensor([a[-1] == end for _, a in both], device=ids.device)
-    scores = score(reward, sequences, pad).to(ids.device)
-    if not torch.isfinite(scores).all():
-        raise ForjaError("artifacts/reward: the reward of an answer is NaN or infinite; train the reward model again")
-    scores = torch.where(finished, scores, torch.full_like(scores, cfg.unfinished))
+    scores = rewarded(score(reward, sequences, pad).to(ids.device), finished, cfg.unfinished)
+    kl = rl.kl_estimate(logprobs, reference_logprobs, cfg.kl_estimator)
     metrics = {
         "reward": float(scores.mean()),
-        "kl": float(((logprobs - ref) * mask).sum(1).mean()),
+        "reward_deviation": float(scores.std(correction=0)),
+        "kl": float((kl * mask).sum(1).mean()),
         "entropy": entropy / float(mask.sum()),
         "length": float(mask.sum(1).float().mean()),
         "unfinished": float((~finished).float().mean()),
+        "repetition": rl.repetition(answers),
         "perf/rollout_s": sampled - started,
         "perf/scoring_s": time.perf_counter() - sampled,
     }
-    return Rollout(ids, mask, logprobs, ref, values, scores, finished), metrics
+    return Rollout(ids, mask, logprobs, kl, values, scores), metrics
+
+
+@torch.no_grad()
+def read(
+    policy: GPT, reference: GPT, value: GPT, ids: Tensor, mask: Tensor, cfg: Config, micro: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """log pi, log ref and V at each token of the answers [N, T-1], and the summed entropy of pi there.
+
+    Read in the update's own pieces, of `micro` rows, and in its own precision, so that the first ratio is exactly 1.
+    """
+    logprobs, ref, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
+    entropy = 0.0
+    pieces = [part for rows in torch.arange(len(ids)).chunk(cfg.minibatches) for part in rows.split(micro)]
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        for part in pieces:
+            chunk, own = trimmed(ids[part], mask[part])
+            width = own.shape[1]
+            logits = tempered(policy(chunk[:, :-1], at=own), cfg.temperature)
+            spread = torch.log_softmax(logits, dim=-1)
+            entropy -= float((spread.exp() * spread).sum())
+            logprobs[part, :width] = answer_logprobs(logits, chunk, own)
+            known = tempered(reference(chunk[:, :-1], at=own), cfg.temperature)
+            ref[part, :width] = answer_logprobs(known, chunk, own)
+            values[part, :width] = value(chunk[:, :-1]).float()
+    return logprobs, ref, values, entropy
+
+
+def rewarded(scores: Tensor, finished: Tensor, unfinished: float) -> Tensor:
+    """The reward model's scores [N], but `unfinished` for answers that never end. Raises ForjaError for NaN."""
+    if wrong := int((~torch.isfinite(scores)).sum()):
+        raise ForjaError(
+            f"artifacts/reward: the reward of {wrong} of {len(scores)} answers is NaN or infinite; "
+            "train the reward model again, with a lower lr"
+        )
+    return torch.where(finished, scores, torch.full_like(scores, unfinished))
 
 
 def update(
     policy: Engine, value: Engine, rollout: Rollout, kl_coef: float, cfg: Config, step: int, skips: Skips
 ) -> dict[str, float]:
-    """Improve policy and value on one rollout: cfg.epochs passes over it in cfg.minibatches pieces.
+    """Steps 3 to 6 on one rollout: cfg.epochs passes over it in cfg.minibatches pieces.
 
     In the first cfg.value_first steps the policy stands still: the value model starts as the reward model, which has
     only ever judged whole answers, and advantages from it would push the policy about at random.
     """
     started = time.perf_counter()
     r = rollout
-    rewards = token_rewards(r.scores, r.logprobs, r.reference, r.mask, kl_coef)
-    advantages = gae(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
+    rewards = rl.token_rewards(r.scores, r.kl, r.mask, kl_coef)
+    advantages = rl.gae(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
     returns = advantages + r.values * r.mask
-    advantages = whiten(advantages, r.mask)
+    advantages = rl.whiten(advantages, r.mask)
     sums: dict[str, float] = {}
+    first: dict[str, float] = {}
 
     n = len(r.ids)
     for epoch in range(cfg.epochs):
@@ -217,42 +218,35 @@ def update(
                 old, values, advantage, target = (
                     x[part, : mask.shape[1]] for x in (r.logprobs, r.values, advantages, returns)
                 )
-                new = answer_logprobs(policy.ds(ids[:, :-1], at=mask), ids, mask)
-                loss, clipped = policy_loss(new, old, advantage, mask, cfg.clip_ratio)
+                logits = tempered(policy.ds(ids[:, :-1], at=mask), cfg.temperature)
+                new = answer_logprobs(logits, ids, mask)
+                loss, clipped = rl.policy_loss(new, old, advantage, mask, cfg.clip_ratio)
                 if step >= cfg.value_first:
                     policy.step(loss, total)
                 judged = value.ds(ids[:, :-1])
-                v_loss = value_loss(judged, values, target, mask, cfg.clip_value)
-                drift = ((old - new.detach()) * mask).sum()
-                measured = {"policy_loss": loss, "clip_fraction": clipped, "approx_kl": drift, "tokens": mask.sum()}
+                v_loss = rl.value_loss(judged, values, target, mask, cfg.clip_value)
+                drift = (old - new.detach()) * mask
+                measured = {"policy_loss": loss, "clip_fraction": clipped, "approx_kl": drift.sum()}
+                measured |= {"off": torch.expm1(-drift).abs().sum(), "tokens": mask.sum()}
                 value.step(v_loss, total, measured)
+            first = first or value.sums
             left_out = value.skipped or (policy.skipped and step >= cfg.value_first)
             said = f"the losses are {policy.sums.get('loss', 0.0) / total} and {value.sums['loss'] / total}"
             skips.note(left_out, step, said, cfg.lr)
             if not left_out:
                 sums = {name: sums.get(name, 0.0) + number for name, number in value.sums.items()}
     tokens = sums.pop("tokens", 1.0)
+    sums.pop("off", None)
     metrics = {"value_loss" if name == "loss" else name: number / tokens for name, number in sums.items()}
-    variance = returns[r.mask].var(correction=0).clamp(min=1e-8)
-    error = (returns - r.values)[r.mask].var(correction=0)
     return metrics | {
-        "explained_variance": float(1 - error / variance),
+        "first_off": first["off"] / first["tokens"],  # mean |rho - 1| before any step: 0, or something is wrong
+        "explained_variance": rl.explained_variance(r.values, returns, r.mask),
         "perf/update_s": time.perf_counter() - started,
     }
 
 
-def questions(tokenizer: Tokenizer, path: Path, prompts: dict, longest: int) -> dict[str, list[dict[str, Any]]]:
-    """The prompts of each split as {"prompt", "ids"}, without those longer than `longest` tokens."""
-    out: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
-    for row in rows(path):
-        ids = encode_prompt(tokenizer, row["messages"], prompts[row["lang"]])
-        if len(ids) <= longest:
-            out[row["split"]].append({"prompt": row["messages"][-1]["content"], "ids": ids})
-    return out
-
-
 def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
-    # 1. The four models.
+    # The four models.
     torch.manual_seed(cfg.seed)
     policy_model, tokenizer, prompts = load(sft, device())
     reference, reward_model = load(sft, device()).model, load(reward, device()).model
@@ -264,58 +258,84 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
     value = Engine(value_model, cfg.model_copy(update={"lr": cfg.value_lr, "ema": None}), minibatch)
     marks = special(tokenizer, SEPARATOR), stop(tokenizer, prompts)
 
-    # 2. The prompts.
-    table = questions(tokenizer, validate / "prompts.jsonl", prompts, reference.config.context - cfg.max_new_tokens)
+    # The prompts.
+    longest = reference.config.context - cfg.max_new_tokens
+    table, dropped = questions(tokenizer, validate / "prompts.jsonl", prompts, longest)
     train, heldout = table["train"], table["val"][: cfg.val_rows]
-    if not train or not heldout:
-        raise ForjaError(f"{validate}/prompts.jsonl: {len(train)} training and {len(heldout)} held-out prompts fit")
 
-    def heldout_reward(model: GPT) -> float:
-        asked = [row["ids"] for row in heldout]
-        answers = generate(model, asked, max_new_tokens=cfg.max_new_tokens, stop=marks[1])
-        return float(score(reward_model, [p + a for p, a in zip(asked, answers, strict=True)], marks[0]).mean())
-
-    # 3. Go on where a killed run stood.
+    # Go on where a killed run stood.
     log = log if world()[0] == 0 else silent
-    before = heldout_reward(reference)
-    with stoppable() as asked, Saver(scratch, {"policy": policy, "value": value}) as saver:
-        state = saver.resume() or {"step": 0, "kl_coef": cfg.kl_coef, "skipped": [0, 0], "metrics": {}}
-        kl_coef, metrics, skips = float(state["kl_coef"]), state["metrics"], Skips(*state["skipped"])
+    best = Best(policy_model) if cfg.keep == "best" else None
+    measure: Callable[[GPT], dict[str, Any]] = lambda model: evaluated(  # noqa: E731
+        model, reward_model, heldout, marks, cfg.max_new_tokens, cfg.sample_rows
+    )
+    before = measure(reference) | {"step": 0}
+    if best is not None:
+        best.note(-before["reward"], 0)
+    saved: dict[str, Saved] = {"policy": policy, "value": value} | ({} if best is None else {"best": best})
+    with stoppable() as asked, Saver(scratch, saved) as saver:
+        state = saver.resume() or {"step": 0, "kl_coef": cfg.kl_coef, "skipped": [0, 0]}
+        kl_coef, skips = float(state["kl_coef"]), Skips(*state["skipped"])
+        history, evaluations, alarms = (list(state.get(key, ())) for key in ("history", "evaluations", "alarms"))
 
         for step in range(state["step"], cfg.steps):
-            # 4. Answers from the policy as it is.
+            # 1, 2. Answers from the policy as it is.
             asking = [train[i]["ids"] for i in pick(cfg.seed, step, cfg.batch, len(train))]
             asking.sort(key=len)
             policy_model.eval()
             rollout, row = roll_out(
-                policy_model, reference, value_model, reward_model, asking, marks, cfg, cfg.seed * 100_003 + step
+                *(policy_model, reference, value_model, reward_model, asking, marks, cfg),
+                seed=cfg.seed * 100_003 + step,
+                micro=policy.micro,
             )
-
-            # 5. A better policy, and a value model that knows it.
-            for trained in (policy, value):
-                trained.set_rate(schedule(cfg, step, cfg.steps))
-            row |= update(policy, value, rollout, kl_coef, cfg, step, skips)
             row |= {"kl_coef": kl_coef, "progress": (step + 1) / cfg.steps}
-            row |= {"skipped": float(skips.total)} if skips.running else {}
-            kl_coef = next_kl_coef(kl_coef, row["kl"], cfg.kl_target)
+            over = cfg.kl_budget is not None and bool(agreed(int(row["kl"] > cfg.kl_budget)))
 
-            # 6. How it does on prompts it does not learn from.
+            # 3 to 7. A better policy, and a value model that knows it.
+            if not over:
+                for trained in (policy, value):
+                    trained.set_rate(schedule(cfg, step, cfg.steps))
+                row |= update(policy, value, rollout, kl_coef, cfg, step, skips)
+                row |= {"skipped": float(skips.total)} if skips.running else {}
+                kl_coef = rl.next_kl_coef(kl_coef, row["kl"], cfg.kl_target)
+
+            # How it does on prompts it does not learn from, and whether something goes wrong.
             done = step + 1
-            if done == cfg.steps:
+            ends = done == cfg.steps or over
+            if ends:
                 policy_model = policy.finished()
-            if done % cfg.eval_every == 0 or done == cfg.steps:
-                row["val_reward"] = heldout_reward(policy_model)
+            if not over and (done % cfg.eval_every == 0 or ends):
+                evaluations.append(measure(policy_model) | {"step": done})
+                row["val_reward"] = evaluations[-1]["reward"]
+                if best is not None:
+                    best.note(-row["val_reward"], done)
             log(row, done)
-            metrics = {**metrics, **finite(lasting(row))}
+            history.append(finite(lasting(row)))
+            said = new_alarms(history, cfg.kl_target)
+            if over:
+                text = f"KL of {row['kl']:.2f} nats is over kl_budget {cfg.kl_budget:g}: the training ends"
+                said.append({"step": done, "alarm": "budget", "text": text})
+            for alarm in said if world()[0] == 0 else ():
+                logger.warning("ppo, rollout %d: %s", done, alarm["text"])
+            alarms += said
             signal = asked()
-            if done < cfg.steps and (done % cfg.save_every == 0 or signal):
-                more = {"kl_coef": kl_coef, "skipped": [skips.total, skips.running], "metrics": metrics}
-                saver.save(done, more)
-            if done < cfg.steps and signal:
+            if not ends and (done % cfg.save_every == 0 or signal):
+                more = {"kl_coef": kl_coef, "skipped": [skips.total, skips.running]}
+                saver.save(done, more | {"history": history, "evaluations": evaluations, "alarms": alarms})
+            if not ends and signal:
                 saver.join()
                 raise interrupted(signal, done, cfg.steps)
+            if over:
+                break
 
-    # 7. The policy is what goes on.
+    # The policy is what goes on.
+    metrics: dict[str, float] = {key: number for row in history for key, number in row.items()}
+    if best is not None:
+        best.put_back()
+        metrics |= {"best_step": float(best.step), "val_reward": -best.loss}
     save(policy_model, out, sft / TOKENIZER, prompts)
     write_samples(out, policy_model.eval(), tokenizer, heldout[: cfg.sample_rows], marks[1])
-    return metrics | {"val_reward_before": before, "skipped": float(skips.total)}
+    write_evaluations(out, [before, *evaluations], heldout, tokenizer)
+    (out / ALARMS).write_text(to_json(alarms), encoding="utf-8")
+    counts = {"skipped": skips.total, "dropped": dropped, "alarms": len(alarms), "rollouts": len(history)}
+    return metrics | {"val_reward_before": before["reward"], **{k: float(n) for k, n in counts.items()}}

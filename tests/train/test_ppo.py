@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from components.train.ppo import gae, next_kl_coef, policy_loss, token_rewards, value_loss, whiten
+from components.train.rl import gae, next_kl_coef, policy_loss, token_rewards, value_loss, whiten
 
 
 def slow_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -37,7 +37,7 @@ def test_rewards_by_hand() -> None:
     """A penalty of 0.1 a nat at each answer token, the score at the last of them, nothing elsewhere."""
     mask = torch.tensor([[False, True, True, False]])
     logprobs, reference = torch.tensor([[-9.0, -1.0, -2.0, -9.0]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
-    got = token_rewards(torch.tensor([3.0]), logprobs, reference, mask, 0.1)
+    got = token_rewards(torch.tensor([3.0]), logprobs - reference, mask, 0.1)
     assert got[0].tolist() == pytest.approx([0.0, -0.1, 3.1, 0.0])
 
 
