@@ -155,3 +155,20 @@ def test_a_conversation_is_cut_from_the_left(tokenizer: Tokenizer) -> None:
         assert sum(cut_said) == answer and cut_said[-answer:] == [True] * answer
     assert found is None and answer + len(head) < room < answer + len(head) + 8
     assert encode_within(tokenizer, TALK[1:2], template, 1) is None
+
+
+@pytest.mark.parametrize("name", ["en", "chatml"])
+def test_an_exported_template_writes_what_we_encode(name: str, tokenizer: Tokenizer) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from components.model.interop import chat_template
+
+    template = yaml.safe_load(Path(f"conf/prompts/{name}.yaml").read_text())
+    tokenizer.encode_special_tokens = False
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **MARKS)
+    theirs.chat_template = chat_template(template)
+    talk = [*TALK, {"role": "user", "content": "more?"}]
+    written = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    ids = encode_prompt(tokenizer, talk, template)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == written
+    assert chat_template(kept(CHATML)) == CHATML

@@ -21,7 +21,7 @@ from components.data import tokenize as tokenizing
 from components.data.batches import windows
 from components.data.chat import END, SEPARATOR, encode, special
 from components.data.tokenize import train_bpe
-from components.log import silent
+from components.log import Metrics, silent
 from components.model.checkpoint import load, save
 from components.model.generate import generate
 from components.model.gpt import GPT, GPTConfig
@@ -271,6 +271,27 @@ def test_adapters_alone_move_and_are_merged(chain: Path, tmp_path: Path) -> None
         assert rank == (4 if name.startswith("blocks.") and p.dim() > 1 else 0), name
     with pytest.raises(ValidationError, match="lora needs matrix_lr null"):
         sft.Config.model_validate(CFG.model_dump() | lora | {"matrix_lr": 0.02})
+
+
+def test_adapters_go_on_to_the_same_bytes(chain: Path, tmp_path: Path) -> None:
+    """Stopped at step 5 of 7, after a save at 4: adapters, their moments and the best step's copy are all in it."""
+    how = {"lora": {"rank": 4, "alpha": 8.0}, "lr": 1e-2, "steps": 7, "eval_every": 3}
+    stage(chain, tmp_path / "whole", rows(16, 3), **how)
+
+    def stop_at_5(row: Metrics, step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    (tmp_path / "cut" / "scratch").mkdir(parents=True)
+    cfg = sft.Config.model_validate(CFG.model_dump() | how)
+    folders = (chain / "tokenize", chain / "pretrain", tmp_path / "cut" / "out", tmp_path / "cut" / "scratch")
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(cfg, tmp_path / "whole" / "validate", *folders, stop_at_5)
+    steps: list[int] = []
+    sft.run(cfg, tmp_path / "whole" / "validate", *folders, lambda row, step: steps.append(step))
+    assert steps == [5, 6, 7]
+    weights = [(tmp_path / name / "out" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
 
 
 def test_adapters_are_read_by_whoever_reads_the_weight() -> None:
