@@ -1,80 +1,231 @@
-"""PPO's arithmetic against hand numbers and slow loops, and its behaviour on a task whose answer is known."""
+"""PPO on models of random weights: what its steps promise, one against another way of computing it, and bad inputs."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from small import RECIPE, folders, prompts, train
 
-from components.train.rl import gae, next_kl_coef, policy_loss, token_rewards, value_loss, whiten
+from components.artifact import ForjaError
+from components.data.chat import SEPARATOR, special
+from components.data.templates import stop
+from components.model import generate
+from components.model.checkpoint import load
+from components.model.gpt import GPT
+from components.train import ppo
+from components.train.questions import evaluated, questions
 
-
-def slow_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
-    """The definition: A_t = sum over l of (gamma lam)^l delta_{t+l}."""
-    n = len(rewards)
-    deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
-
-
-def test_gae_against_its_definition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(3, 9, generator=generator), torch.randn(3, 9, generator=generator)
-    spans = [(2, 7), (0, 9), (5, 6)]  # where each row's answer stands
-    mask = torch.tensor([[a <= t < b for t in range(9)] for a, b in spans])
-    got = gae(rewards * mask, values, mask, 0.97, 0.9)
-    for row, (a, b) in enumerate(spans):
-        want = slow_gae(rewards[row, a:b].tolist(), values[row, a:b].tolist(), 0.97, 0.9)
-        assert got[row, a:b].tolist() == pytest.approx(want, abs=1e-5)
-        assert not got[row, :a].any() and not got[row, b:].any()
+HERE = Path(__file__).parent
 
 
-def test_gae_by_hand() -> None:
-    """gamma = lam = 1: the advantage is what is still to come minus the value. Rewards 0, 0, 1; values .5 each."""
-    advantages = gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5), torch.ones(1, 3).bool(), 1.0, 1.0)
-    assert advantages.tolist() == [[0.5, 0.5, 0.5]]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return folders(tmp_path_factory.mktemp("made"))
 
 
-def test_rewards_by_hand() -> None:
-    """A penalty of 0.1 a nat at each answer token, the score at the last of them, nothing elsewhere."""
-    mask = torch.tensor([[False, True, True, False]])
-    logprobs, reference = torch.tensor([[-9.0, -1.0, -2.0, -9.0]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
-    got = token_rewards(torch.tensor([3.0]), logprobs - reference, mask, 0.1)
-    assert got[0].tolist() == pytest.approx([0.0, -0.1, 3.1, 0.0])
+@pytest.fixture
+def told(made: dict[str, Path], tmp_path: Path) -> tuple[list[dict[str, float]], dict[str, float], Path]:
+    """The rows, metrics and folder of RECIPE's own run."""
+    rows: list[dict[str, float]] = []
+    metrics, out = train(made, tmp_path / "told", lambda row, _: rows.append(dict(row)))
+    return rows, metrics, out
 
 
-def test_whitening_by_hand() -> None:
-    """1, 2, 3 have mean 2 and deviation sqrt(2/3); what is not valid stays 0 and does not count."""
-    got = whiten(torch.tensor([[1.0, 2.0], [3.0, 99.0]]), torch.tensor([[True, True], [True, False]]))
-    root = math.sqrt(1.5)
-    assert got.flatten().tolist() == pytest.approx([-root, 0.0, root, 0.0], abs=1e-6)
-    assert whiten(torch.tensor([[5.0, 5.0]]), torch.ones(1, 2).bool()).tolist() == [[0.0, 0.0]]
+def finite(folder: Path) -> bool:
+    return all(bool(torch.isfinite(w).all()) for w in load_file(folder / "model.safetensors").values())
 
 
-def test_clipped_ratio_by_hand() -> None:
-    """Ratio 1.5 with A = 1 counts 1.2; with A = -1 the worse, 1.5, stands; ratio 0.5 with A = -1 counts -(-0.8)."""
-    new = torch.log(torch.tensor([[1.5, 1.5, 0.5, 1.1, 7.0]]))
-    advantages = torch.tensor([[1.0, -1.0, -1.0, 2.0, 1.0]])
-    mask = torch.tensor([[True, True, True, True, False]])
-    loss, clipped = policy_loss(new, torch.zeros(1, 5), advantages, mask, 0.2)
-    assert float(loss) == pytest.approx(-1.2 + 1.5 + 0.8 - 2.2, abs=1e-6)
-    assert int(clipped) == 3
+def close(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> None:
+    """Rows that say the same but for rounding and time."""
+    kept = [[{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows] for rows in (a, b)]
+    assert len(a) == len(b)
+    for mine, theirs in zip(*kept, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-4)
 
 
-def test_the_first_look_has_ratio_one() -> None:
-    logprobs = torch.randn(2, 6)
-    advantages, mask = torch.randn(2, 6), torch.ones(2, 6).bool()
-    loss, clipped = policy_loss(logprobs, logprobs.clone(), advantages, mask, 0.2)
-    assert int(clipped) == 0 and float(loss) == pytest.approx(-float(advantages.sum()), abs=1e-5)
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16"}, {"temperature": 0.7}, {"micro": 1}, {"micro": 2, "batch": 16}], ids=str
+)
+def test_the_first_look_at_a_rollout_changes_nothing(
+    changes: dict[str, Any], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass, one minibatch, whose step comes last: ratio exactly 1, approximate KL and clipped share exactly 0."""
+    changes = dict(changes)
+    if "micro" in changes:
+        monkeypatch.setenv("FORJA_MICRO_BATCH", str(changes.pop("micro")))
+    rows: list[dict[str, float]] = []
+    train(made, tmp_path, lambda row, _: rows.append(dict(row)), minibatches=1, epochs=1, value_first=0, **changes)
+    assert len(rows) == RECIPE.steps and rows[-1]["kl"] != 0
+    assert [(row["first_off"], row["approx_kl"], row["clip_fraction"]) for row in rows] == [(0.0, 0.0, 0.0)] * 4
 
 
-def test_clipped_value_by_hand() -> None:
-    """Old 0, new 1, return 2, clip 0.5: (1-2)^2 = 1 against (0.5-2)^2 = 2.25, the worse counts, halved."""
-    one = lambda x: torch.tensor([[x]])  # noqa: E731
-    mask = torch.ones(1, 1).bool()
-    assert float(value_loss(one(1.0), one(0.0), one(2.0), mask, 0.5)) == pytest.approx(1.125)
-    assert float(value_loss(one(0.25), one(0.0), one(2.0), mask, 0.5)) == pytest.approx(0.5 * 1.75**2)
+def test_later_looks_are_not_like_the_first(told: tuple) -> None:
+    rows, *_ = told
+    assert all(row["first_off"] == 0 for row in rows)
+    # At first the policy stands still, and only rows in another order round otherwise.
+    assert [abs(row["approx_kl"]) > 1e-5 for row in rows] == [False, True, True, True]
 
 
-def test_adaptive_kl_by_hand() -> None:
-    assert next_kl_coef(0.1, 12.0, 6.0) == pytest.approx(0.102)  # twice the target: the error is held at 0.2
-    assert next_kl_coef(0.1, 5.4, 6.0) == pytest.approx(0.099)
-    assert next_kl_coef(0.1, 99.0, None) == 0.1
+def test_sampler_and_trainer_agree_on_log_probabilities(made: dict[str, Path]) -> None:
+    """Cached, a token at a time, whole batches at once: within 1e-5 in float32."""
+    policy, tokenizer, templates = load(made["sft"])
+    end = stop(tokenizer, templates)
+    table, dropped = questions(tokenizer, made["validate"] / "prompts.jsonl", templates, 40)
+    asked = sorted((row["ids"] for row in table["train"]), key=len)
+    said = generate.answers(policy, asked, max_new_tokens=24, stop=end, temperature=1.0, seed=5, logprobs=True)
+    assert dropped == 0 and len({len(a.ids) for a in said}) > 2  # of several lengths, so that there is padding
+    sequences = [p + a.ids for p, a in zip(asked, said, strict=True)]
+    ids = torch.full((len(asked), max(map(len, sequences))), special(tokenizer, SEPARATOR))
+    mask = torch.zeros(len(asked), ids.shape[1] - 1, dtype=torch.bool)
+    for i, (prompt, row) in enumerate(zip(asked, sequences, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, len(prompt) - 1 : len(row) - 1] = True
+    logprobs, reference, _, _ = ppo.read(policy, policy, load(made["reward"]).model, ids, mask, RECIPE, micro=3)
+    torch.testing.assert_close(logprobs[mask], torch.tensor([x for a in said for x in a.logprobs]), atol=1e-5, rtol=0)
+    assert torch.equal(logprobs, reference)
+
+
+def test_at_a_temperature_the_policy_is_what_is_sampled_from(made: dict[str, Path]) -> None:
+    """softmax(logits / T) by hand at one position: its log-probability and its entropy."""
+    policy = load(made["sft"]).model
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.tensor([[False, True]])
+    cfg = RECIPE.model_copy(update={"temperature": 0.5, "minibatches": 1})
+    logprobs, _, _, entropy = ppo.read(policy, policy, load(made["reward"]).model, ids, mask, cfg, micro=1)
+    with torch.no_grad():
+        weights = [math.exp(2 * float(x)) for x in policy(ids[:, :-1])[0, 1]]
+    total = sum(weights)
+    assert float(logprobs[0, 1]) == pytest.approx(math.log(weights[7] / total), abs=1e-5)
+    assert entropy == pytest.approx(-sum(w / total * math.log(w / total) for w in weights), abs=1e-4)
+
+
+def test_micro_batches_change_nothing(
+    told: tuple, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _, out = told
+    monkeypatch.setenv("FORJA_MICRO_BATCH", "1")
+    again: list[dict[str, float]] = []
+    _, other = train(made, tmp_path / "micro", lambda row, _: again.append(dict(row)))
+    close(again, rows)
+    for name, weight in load_file(other / "model.safetensors").items():
+        torch.testing.assert_close(weight, load_file(out / "model.safetensors")[name], atol=1e-5, rtol=0)
+
+
+def test_two_ranks_are_one(told: tuple, made: dict[str, Path], tmp_path: Path) -> None:
+    rows, _, out = told
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FORJA_")}
+    environment |= {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "FORJA_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, HERE / "ranks_ppo.py", made["sft"].parent, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    close(json.loads((tmp_path / "rows.json").read_text()), rows)
+    for name, weight in load_file(tmp_path / "rank-0" / "out" / "model.safetensors").items():
+        torch.testing.assert_close(weight, load_file(out / "model.safetensors")[name], atol=1e-5, rtol=0)
+
+
+def test_the_best_held_out_step_is_what_goes_on(made: dict[str, Path], tmp_path: Path) -> None:
+    """Its weights give the reward that it is said to have; no evaluation had a higher one."""
+    rows: list[dict[str, float]] = []
+    settings = {"keep": "best", "steps": 6, "eval_every": 1, "lr": 3e-2}
+    metrics, out = train(made, tmp_path, lambda row, _: rows.append(dict(row)), **settings)
+    found = [metrics["val_reward_before"], *(row["val_reward"] for row in rows)]
+    assert metrics["val_reward"] == max(found) and found.index(max(found)) == metrics["best_step"]
+    policy, tokenizer, templates = load(out)
+    marks = special(tokenizer, SEPARATOR), stop(tokenizer, templates)
+    table, _ = questions(tokenizer, made["validate"] / "prompts.jsonl", templates, 56)
+    heldout = table["val"][: RECIPE.val_rows]
+    again = evaluated(policy, load(made["reward"]).model, heldout, marks, RECIPE.max_new_tokens, 0)
+    assert again["reward"] == pytest.approx(metrics["val_reward"], abs=1e-5)
+
+
+def test_evaluations_lie_side_by_side(told: tuple) -> None:
+    _, metrics, out = told
+    rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [[a["step"] for a in row["answers"]] for row in rows] == [[0, 2, 4]] * RECIPE.sample_rows
+    assert metrics["val_reward"] != metrics["val_reward_before"]
+
+
+def test_training_ends_over_the_budget(made: dict[str, Path], tmp_path: Path, caplog: Any) -> None:
+    rows: list[dict[str, float]] = []
+    settings = {"keep": "best", "kl_budget": 0.5, "kl_estimator": "k3", "steps": 30, "lr": 1e-2}
+    metrics, out = train(made, tmp_path, lambda row, _: rows.append(dict(row)), **settings)
+    assert 1 < len(rows) < 30 and metrics["rollouts"] == len(rows)
+    assert all(row["kl"] <= 0.5 for row in rows[:-1]) and rows[-1]["kl"] > 0.5
+    assert "val_reward" not in rows[-1] and metrics["best_step"] < len(rows)
+    alarms = json.loads((out / "alarms.json").read_text())
+    assert alarms[-1]["alarm"] == "budget" and alarms[-1]["step"] == len(rows)
+    assert f"rollout {len(rows)}: {alarms[-1]['text']}" in caplog.text
+
+
+def test_a_budget_wants_the_best_step() -> None:
+    with pytest.raises(ValueError, match="set keep to best"):
+        ppo.Config.model_validate(RECIPE.model_dump() | {"kl_budget": 5.0})
+
+
+def test_one_reward_that_is_nan_ends_the_training(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = ppo.score
+
+    def one_nan(model: GPT, sequences: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+        scores = scored(model, sequences, pad)
+        scores[3] = math.nan
+        return scores
+
+    monkeypatch.setattr(ppo, "score", one_nan)
+    with pytest.raises(ForjaError, match="reward of 1 of 8 answers is NaN"):
+        train(made, tmp_path)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_rewards_that_are_all_equal_are_said_and_harm_nothing(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo, "score", lambda model, sequences, pad: torch.full((len(sequences),), -1.0))
+    metrics, out = train(made, tmp_path)
+    assert finite(out) and metrics["reward_deviation"] == 0
+    assert {"equal", "unfinished"} & {a["alarm"] for a in json.loads((out / "alarms.json").read_text())}
+
+
+def test_empty_answers_and_a_single_prompt(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every answer is the token that ends it, and there is one prompt to learn from and one to measure by."""
+    monkeypatch.setattr(ppo, "generate", lambda model, asked, stop, **_: [[stop]] * len(asked))
+    asked = [("train", "count"), ("val", "count"), ("train", "long " * 60)]
+    metrics, out = train(table(made, tmp_path, asked), tmp_path)
+    assert finite(out) and metrics["length"] == 1 and metrics["dropped"] == 1
+    assert metrics["unfinished"] == 0 and metrics["repetition"] == 0
+
+
+@pytest.mark.parametrize(("asked", "said"), [([], "0 training"), ([("train", "a")], "1 training and 0 held-out")])
+def test_too_few_prompts(asked: list, said: str, made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ForjaError, match=f"{said}.*lower it, or add prompts"):
+        train(table(made, tmp_path, asked), tmp_path)
+
+
+def test_answers_as_long_as_the_context_leave_no_room(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ForjaError, match="24 are longer than the 0 tokens"):
+        train(made, tmp_path, max_new_tokens=64)
+
+
+def table(made: dict[str, Path], root: Path, asked: list[tuple[str, str]]) -> dict[str, Path]:
+    """The same folders with other prompts."""
+    folder = root / "validate"
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text(prompts(asked), encoding="utf-8")
+    return made | {"validate": folder}
