@@ -42,6 +42,11 @@ PPO = [
     ("KL", "Nats an answer, away from the SFT model.", {"kl": "KL"}),
     ("Entropy", "Nats a token: how open the policy still is.", {"entropy": "entropy"}),
     ("Length", "Tokens an answer.", {"length": "length"}),
+    (
+        "Unfinished and repeated",
+        "Share of answers that never ended, and of 3-grams said before.",
+        {"unfinished": "unfinished", "repetition": "repeated"},
+    ),
     ("Clip fraction", "Share of tokens whose ratio left the clip range.", {"clip_fraction": "clipped"}),
     ("Explained variance", "Of the returns, by the value model; 1 is perfect.", {"explained_variance": "explained"}),
 ]
@@ -142,7 +147,8 @@ def calibration(bins: list[sources.Bin]) -> Markup:
 def ppo(root: Path) -> Section:
     gaps: list[str] = []
     rows = read_rows(root, "artifacts/ppo/curves.jsonl", Numbers, gaps)
-    return {"charts": [chart(rows, *spec) for spec in PPO if rows], "gaps": gaps}
+    alarms = read(root, "artifacts/ppo/alarms.json", list[sources.Alarm], gaps)
+    return {"charts": [chart(rows, *spec) for spec in PPO if rows], "alarms": alarms, "gaps": gaps}
 
 
 def chart(rows: list[Numbers], title: str, note: str, keys: Mapping[str, str]) -> Markup:

@@ -68,6 +68,13 @@ class Bin(BaseModel):
     n: int
 
 
+class Alarm(BaseModel):
+    """What PPO found wrong with itself, and when."""
+
+    step: int
+    text: str
+
+
 class Row(BaseModel):
     """A row of evaluate's rows.jsonl; those of the parts `quality` and `gain` hold answers."""
 

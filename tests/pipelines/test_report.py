@@ -74,6 +74,8 @@ def fill(stage: str, folder: Path) -> None:
         (folder / "calibration.json").write_text(to_json(bins))
     if stage == "ppo":
         rows(folder / "curves.jsonl", [ppo_row(s) for s in range(1, 41)])
+        alarm = {"step": 9, "alarm": "kl", "text": "KL 3 times its target <b>; lower lr"}
+        (folder / "alarms.json").write_text(to_json([alarm]))
     if stage in ("sft", "ppo"):
         asked = [
             ("What does json.dumps do?", "It makes a string of an object.", "Serialize obj to a JSON formatted str."),
@@ -99,6 +101,8 @@ def ppo_row(step: int) -> dict:
         "kl": 3 * (1 - math.exp(-step / 15)),
         "entropy": decay(step, 1.4, 0.9, 20),
         "length": decay(step, 24, 15, 10),
+        "unfinished": decay(step, 0.2, 0.02, 10),
+        "repetition": 0.1,
         "clip_fraction": 0.1 + 0.05 * math.sin(step),
         "policy_loss": 0.01 * math.sin(step),
         "value_loss": decay(step, 0.9, 0.2, 8),
@@ -210,7 +214,8 @@ def test_whole_run(checkout: Path) -> None:
     assert [a["id"] for t, a in page.tags if t == "section"] == [
         *("gates", "training", "ppo", "samples", "data", "quality", "lineage", "cost", "recipe")
     ]
-    assert sum(t == "figure" for t, _ in page.tags) == 13
+    assert sum(t == "figure" for t, _ in page.tags) == 14
+    assert "Rollout 9: KL 3 times its target <b>; lower lr" in section(checkout, "ppo")
     gate = " ".join(section(checkout, "gates").split())
     assert "better than xzholds 2.104below 2.3110.207 2.104 is below 2.311" in gate
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
