@@ -5,6 +5,7 @@ undisturbed one. An alarm is said once, at the step where its question turns tru
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 Row = dict[str, float]
@@ -57,8 +58,7 @@ def ringing(history: History, kl_target: float | None) -> dict[str, str]:
             f"{REPEATED:.0%} more of the answers' 3-grams repeat themselves than at first, for 5 rollouts: "
             "the reward model likes it; show it such answers as rejected ones, raise kl_coef, or stop earlier"
         )
-    evaluations = [row for row in history if "val_reward" in row][-3:]
-    if len(evaluations) == 3 and _opposite(*evaluations):
+    if _by_heart(history):
         found["heldout"] = (
             "reward rose and held-out reward fell over 3 evaluations: the policy learns its prompts by heart; add "
             "prompts, stop earlier, or set keep to best"
@@ -71,8 +71,14 @@ def ringing(history: History, kl_target: float | None) -> dict[str, str]:
     return found
 
 
-def _opposite(a: Row, b: Row, c: Row) -> bool:
-    return a["reward"] < b["reward"] < c["reward"] and a["val_reward"] > b["val_reward"] > c["val_reward"]
+def _by_heart(history: History) -> bool:
+    """Whether, over the last three evaluations, the mean reward of the rollouts up to each rose as val_reward fell."""
+    at = [-1, *(i for i, row in enumerate(history) if "val_reward" in row)][-4:]
+    if len(at) < 4:
+        return False
+    a, b, c = (sum(row["reward"] for row in history[i + 1 : j + 1]) / (j - i) for i, j in pairwise(at))
+    x, y, z = (history[i]["val_reward"] for i in at[1:])
+    return a < b < c and x > y > z
 
 
 def new_alarms(history: History, kl_target: float | None) -> list[dict[str, Any]]:

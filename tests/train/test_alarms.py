@@ -47,12 +47,14 @@ def test_it_rings_again_after_it_was_over() -> None:
 
 
 def test_reward_up_and_held_out_reward_down() -> None:
-    steps: list[Row] = [{"reward": r, "val_reward": v} for r, v in ((0.5, 0.4), (0.6, 0.3), (0.7, 0.2))]
-    quiet: Row = {}
-    rows = history(steps[0], quiet, steps[1], quiet, steps[2])
+    """Mean rewards 0.5, (0.9 + 0.3) / 2, (0.3 + 1.1) / 2 up to each evaluation, though those at it go 0.5, 0.3, 1.1."""
+    steps: list[Row] = [{"reward": r} | v for r, v in ((0.5, {"val_reward": 0.4}), (0.9, {}))]
+    steps += [{"reward": 0.3, "val_reward": 0.3}, {"reward": 0.3}, {"reward": 1.1, "val_reward": 0.2}]
+    rows = history(*steps)
     assert not ringing(rows[:5], None)
     assert list(ringing(rows, None)) == ["heldout"]
-    assert not ringing(history(steps[0], steps[1], steps[2] | {"val_reward": 0.35}), None)
+    assert not ringing([*rows[:5], rows[5] | {"val_reward": 0.35}], None)
+    assert not ringing([*rows[:5], rows[5] | {"reward": 0.8}], None)
 
 
 def test_without_a_target_no_kl_is_too_much() -> None:

@@ -137,13 +137,47 @@ def test_two_ranks_are_one(told: tuple, made: dict[str, Path], tmp_path: Path) -
         torch.testing.assert_close(weight, load_file(out / "model.safetensors")[name], atol=1e-5, rtol=0)
 
 
+class Killed(BaseException):
+    """What a test throws in place of SIGKILL: nothing in the code under test catches it."""
+
+
+@pytest.mark.parametrize(
+    ("place", "call"), [("generate", 3), ("read", 3), ("rl.policy_loss", 10), ("rl.value_loss", 11)]
+)
+def test_killed_inside_a_rollout_or_an_update(
+    place: str, call: int, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third rollout, behind the checkpoint of the second: the same command ends in the undisturbed bytes."""
+    settings = {"keep": "best", "eval_every": 1, "lr": 1e-2}
+    metrics, whole = train(made, tmp_path / "whole", **settings)
+    where = ppo.rl if place.startswith("rl.") else ppo
+    name = place.removeprefix("rl.")
+    own, calls, steps = getattr(where, name), [0], []
+
+    def dying(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return own(*arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(where, name, dying)
+        train(made, tmp_path, lambda _, step: steps.append(step), **settings)
+    assert steps == [1, 2]
+    (tmp_path / "out").rmdir()
+    again, out = train(made, tmp_path, lambda _, step: steps.append(step), **settings)
+    assert steps[-2:] == [3, 4] and again == metrics
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
 def test_the_best_held_out_step_is_what_goes_on(made: dict[str, Path], tmp_path: Path) -> None:
     """Its weights give the reward that it is said to have; no evaluation had a higher one."""
     rows: list[dict[str, float]] = []
-    settings = {"keep": "best", "steps": 6, "eval_every": 1, "lr": 3e-2}
+    settings = {"keep": "best", "steps": 6, "eval_every": 1, "lr": 1e-2}
     metrics, out = train(made, tmp_path, lambda row, _: rows.append(dict(row)), **settings)
     found = [metrics["val_reward_before"], *(row["val_reward"] for row in rows)]
     assert metrics["val_reward"] == max(found) and found.index(max(found)) == metrics["best_step"]
+    assert 0 < metrics["best_step"] < 6
     policy, tokenizer, templates = load(out)
     marks = special(tokenizer, SEPARATOR), stop(tokenizer, templates)
     table, _ = questions(tokenizer, made["validate"] / "prompts.jsonl", templates, 56)
