@@ -44,7 +44,7 @@ from components.train import rl
 from components.train.alarms import new_alarms
 from components.train.best import Best
 from components.train.loop import Keeping, Skips, finite
-from components.train.questions import evaluated, questions, write_evaluations
+from components.train.questions import evaluated, questions, sound, write_evaluations
 from components.train.reward import score
 from components.train.samples import write_samples
 from components.world import world
@@ -139,7 +139,8 @@ def roll_out(
 
     logprobs, reference_logprobs, values, entropy = read(policy, reference, value, ids, mask, cfg, micro)
     finished = torch.tensor([a[-1] == end for _, a in both], device=ids.device)
-    scores = rewarded(score(reward, sequences, pad).to(ids.device), finished, cfg.unfinished)
+    scores = sound(score(reward, sequences, pad)).to(ids.device)
+    scores = torch.where(finished, scores, torch.full_like(scores, cfg.unfinished))
     kl = rl.kl_estimate(logprobs, reference_logprobs, cfg.kl_estimator)
     metrics = {
         "reward": float(scores.mean()),
@@ -178,16 +179,6 @@ def read(
             ref[part, :width] = answer_logprobs(known, chunk, own)
             values[part, :width] = value(chunk[:, :-1]).float()
     return logprobs, ref, values, entropy
-
-
-def rewarded(scores: Tensor, finished: Tensor, unfinished: float) -> Tensor:
-    """The reward model's scores [N], but `unfinished` for answers that never end. Raises ForjaError for NaN."""
-    if wrong := int((~torch.isfinite(scores)).sum()):
-        raise ForjaError(
-            f"artifacts/reward: the reward of {wrong} of {len(scores)} answers is NaN or infinite; "
-            "train the reward model again, with a lower lr"
-        )
-    return torch.where(finished, scores, torch.full_like(scores, unfinished))
 
 
 def update(

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from components.artifact import ForjaError
 from components.data.chat import answer_text, encode_prompt
@@ -46,8 +48,18 @@ def evaluated(
     pad, end = marks
     asked = [row["ids"] for row in heldout]
     answers = generate(model, asked, max_new_tokens=new, stop=end)
-    scores = score(reward, [p + a for p, a in zip(asked, answers, strict=True)], pad)
+    scores = sound(score(reward, [p + a for p, a in zip(asked, answers, strict=True)], pad))
     return {"reward": float(scores.mean()), "answers": answers[:few], "scores": scores[:few].tolist()}
+
+
+def sound(scores: Tensor) -> Tensor:
+    """The scores as they are. Raises ForjaError where one is no number."""
+    if wrong := int((~torch.isfinite(scores)).sum()):
+        raise ForjaError(
+            f"artifacts/reward: the reward of {wrong} of {len(scores)} answers is NaN or infinite; "
+            "train the reward model again, with a lower lr"
+        )
+    return scores
 
 
 def write_evaluations(

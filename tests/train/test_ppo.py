@@ -21,6 +21,7 @@ from components.model import generate
 from components.model.checkpoint import load
 from components.model.gpt import GPT
 from components.train import ppo
+from components.train import questions as held
 from components.train.questions import evaluated, questions
 
 HERE = Path(__file__).parent
@@ -210,8 +211,9 @@ def test_a_budget_wants_the_best_step() -> None:
         ppo.Config.model_validate(RECIPE.model_dump() | {"kl_budget": 5.0})
 
 
+@pytest.mark.parametrize(("where", "said"), [(ppo, "1 of 8"), (held, "1 of 4")], ids=["rollout", "held-out"])
 def test_one_reward_that_is_nan_ends_the_training(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: Any, said: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored = ppo.score
 
@@ -220,8 +222,8 @@ def test_one_reward_that_is_nan_ends_the_training(
         scores[3] = math.nan
         return scores
 
-    monkeypatch.setattr(ppo, "score", one_nan)
-    with pytest.raises(ForjaError, match="reward of 1 of 8 answers is NaN"):
+    monkeypatch.setattr(where, "score", one_nan)
+    with pytest.raises(ForjaError, match=f"reward of {said} answers is NaN"):
         train(made, tmp_path)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
