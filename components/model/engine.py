@@ -2,7 +2,7 @@
 
 What a recipe says (learning rate, batch, precision) is `Optim`. What the machine has is not identity and comes from the
 environment: FORJA_DEVICE (cpu, cuda), FORJA_MICRO_BATCH, FORJA_ZERO (stage 0 to 3), FORJA_OFFLOAD_OPTIMIZER and
-FORJA_OFFLOAD_PARAMS (cpu), FORJA_RECOMPUTE and FORJA_COMPILE (1), and a launcher's RANK and
+FORJA_OFFLOAD_PARAMS (cpu, or nvme:FOLDER), FORJA_RECOMPUTE and FORJA_COMPILE (1), and a launcher's RANK and
 WORLD_SIZE.
 """
 
@@ -10,13 +10,17 @@ import logging
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from components.artifact import ForjaError
+from components.model import nvme
 from components.model.checkpoint import default_device as device
 from components.model.checkpoint import filled
 from components.model.fused import keep_freed_memory
@@ -53,25 +57,13 @@ class Engine:
         self.model: Any = model.to(device())
         _prepare(self.model, self.zero)
         base = optimiser(model.named_parameters(), optim)
-        self.ds, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=base,
-            config={
-                "train_batch_size": batch,
-                "train_micro_batch_size_per_gpu": self.micro,
-                "gradient_clipping": optim.clip,
-                # Without modules that are "safe" in bfloat16, gradients are added up between ranks in float32.
-                "torch_autocast": {
-                    "enabled": optim.precision == "bf16",
-                    "dtype": "bfloat16",
-                    "lower_precision_safe_modules": [],
-                },
-                "zero_optimization": {"stage": self.zero, **_offload(self.zero)},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": 1 << 60,
-            },
-        )
+        self._folders = ExitStack()  # on a disk: deleted when the engine is done with, or gone
+        weakref.finalize(self, self._folders.close)
+        config = self._config(batch)
+        if config["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+            # Left to `initialize`, DeepSpeed 0.19.8 on a CPU writes weights to the disk in bfloat16.
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        self.ds, *_ = deepspeed.initialize(model=model, optimizer=base, config=config)
         head: Any = getattr(model, "head", None)
         if self.zero == 3 and head is not None:  # the loss reads its weight outside the head's own pass
             deepspeed.zero.register_external_parameter(model, head.weight)
@@ -84,8 +76,51 @@ class Engine:
         self.skipped = False  # whether the last step was left out, because its loss or gradient was not finite
         self.sums: dict[str, float] = {}  # what the last step measured, over all micro-batches and ranks
         self._adding: dict[str, Tensor] = {}
-        owners = {id(p.owner): p.owner for p in self.places().values()} if optim.ema is not None else {}
-        self._average = {key: owner.detach().clone() for key, owner in owners.items()}
+        nvme.keep_gradients(self.ds.optimizer)
+        owners = self._owners() if optim.ema is not None else ()
+        self._average = {id(owner): owner.detach().clone() for owner, _ in owners}
+
+    def _config(self, batch: int) -> dict[str, Any]:
+        """DeepSpeed's words for all of it."""
+        return {
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": self.micro,
+            "gradient_clipping": self.optim.clip,
+            # Without modules that are "safe" in bfloat16, gradients are added up between ranks in float32.
+            "torch_autocast": {
+                "enabled": self.optim.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+            "zero_optimization": {"stage": self.zero, **self._offload()},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 60,
+        }
+
+    def _offload(self) -> dict[str, Any]:
+        """DeepSpeed's words for what lies outside the device's memory. Raises ForjaError for what it cannot do."""
+        out: dict[str, Any] = {}
+        disks: dict[str, Path | None] = {"optimizer": None, "params": None}
+        for what, key, least in (("OPTIMIZER", "offload_optimizer", 1), ("PARAMS", "offload_param", 3)):
+            where = os.environ.get(f"FORJA_OFFLOAD_{what}")
+            kind, _, folder = (where or "").partition(":")
+            said = f"FORJA_OFFLOAD_{what}={where}"
+            stage = 3 if kind == "nvme" else least
+            if where and (kind not in ("cpu", "nvme") or (kind == "nvme") != bool(folder)):
+                raise ForjaError(f"{said}: is neither cpu nor nvme:FOLDER; set it to one of them")
+            if where and self.zero < stage:
+                raise ForjaError(f"{said}: needs FORJA_ZERO={stage}{' or more' if stage < 3 else ''}")
+            if kind == "nvme" and self.optim.matrix_lr is not None:
+                raise ForjaError(f"{said}: not with Muon, whose momenta stay in memory; set it to cpu")
+            if kind == "nvme":
+                disks[what.lower()] = Path(folder)
+            elif where:
+                out[key] = {"device": "cpu", "pin_memory": device().type == "cuda"}
+        if any(disks.values()):
+            sizes = [-(-p.numel() // world()[1]) for p in self.model.parameters() if p.requires_grad]
+            out |= nvme.settings(**disks, sizes=sizes, folders=self._folders)
+        return out
 
     def set_rate(self, part: float) -> None:
         """Give every group `part` of its full rate."""
@@ -121,6 +156,7 @@ class Engine:
             self.skipped |= not math.isfinite(self.grad_norm)
         if last and not self.skipped:
             self.taken += 1
+            nvme.check(self.ds.optimizer)
             self._follow()
 
     def _guarded(self, *arguments: Any, **keywords: Any) -> Any:
@@ -132,12 +168,22 @@ class Engine:
         """The average comes after the weights: faster in the first steps, where they still go far."""
         if self.optim.ema is not None:
             decay = min(self.optim.ema, (1 + self.taken) / (10 + self.taken))
-            for owner in {id(p.owner): p.owner for p in self.places().values()}.values():
+            for owner, _ in self._owners():
                 self._average[id(owner)].lerp_(owner, 1 - decay)
 
     def places(self) -> dict[str, Place]:
         """{parameter: where this rank keeps its float32 numbers}, without those that other ranks keep alone."""
         return {n: place for n, p in self.model.named_parameters() if (place := self._place(p)) is not None}
+
+    def _owners(self, changed: bool = False) -> Iterator[tuple[Tensor, dict[str, Place]]]:
+        """The tensors that the optimiser moves, each brought in from the disk for its turn, with what lies in it."""
+        owners: dict[int, dict[str, Place]] = {}
+        for name, place in self.places().items():
+            owners.setdefault(id(place.owner), {})[name] = place
+        for places in owners.values():
+            owner = next(iter(places.values())).owner
+            with nvme.brought_in(self.ds.optimizer, owner, changed):
+                yield owner, places
 
     def _place(self, p: Any) -> Place | None:  # DeepSpeed hangs its own attributes on parameters
         if self.zero == 0:
@@ -172,13 +218,13 @@ class Engine:
         """What this rank writes of a checkpoint. Where every rank holds all, each writes its share."""
         rank, ranks = world()
         yield Piece("taken", 0, torch.tensor([self.taken]))
-        for i, (name, place) in enumerate(self.places().items()):
-            if self.zero or i % ranks == rank:
-                yield Piece(f"weight/{name}", place.start, place.of(place.owner))
+        for i, (owner, places) in enumerate(self._owners()):
+            for name, place in places.items() if self.zero or i % ranks == rank else ():
+                yield Piece(f"weight/{name}", place.start, place.of(owner))
                 if self._average:
-                    yield Piece(f"average/{name}", place.start, place.of(self._average[id(place.owner)]))
-                for key, value in self.base.state.get(place.owner, {}).items():
-                    whole = value.numel() == place.owner.numel() and value.dim() > 0
+                    yield Piece(f"average/{name}", place.start, place.of(self._average[id(owner)]))
+                for key, value in self.base.state.get(owner, {}).items():
+                    whole = value.numel() == owner.numel() and value.dim() > 0
                     start = place.start if whole else 0
                     yield Piece(f"{key}/{name}", start, place.of(value) if whole else value.view(1))
 
@@ -194,23 +240,28 @@ class Engine:
             why = f"{strange[0]} is of another optimiser than {type(self.base).__name__}"
             raise ForjaError(f"{shards.folder}: {why}; delete {shards.folder.parent}")
         self.taken = int(shards.read(f"{name}/taken", 0, 1))
-        for parameter, place in self.places().items():
-            read = lambda what: shards.read(f"{name}/{what}/{parameter}", place.start, place.length)  # noqa: B023, E731
-            place.of(place.owner).copy_(read("weight"))
-            if self._average:
-                place.of(self._average[id(place.owner)]).copy_(read("average"))
-            for kind in kinds:
-                size = shards.size(f"{name}/{kind}/{parameter}")
-                if size == 0:  # a parameter that had not moved yet
-                    continue
-                state = self.base.state[place.owner]
-                if size == 1 < place.owner.numel() or kind == "step":
-                    step = shards.read(f"{name}/{kind}/{parameter}", 0, 1)[0]
-                    state[kind] = step.to(place.owner.device, copy=True)
-                else:
-                    state.setdefault(kind, torch.zeros_like(place.owner))
-                    place.of(state[kind]).copy_(read(kind))
+        for _, places in self._owners(changed=True):
+            for parameter, place in places.items():
+                self._fill(shards, name, kinds, parameter, place)
         self._spread()
+
+    def _fill(self, shards: Shards, name: str, kinds: set[str], parameter: str, place: Place) -> None:
+        """Take what lies at `place` from a checkpoint."""
+        read = lambda what: shards.read(f"{name}/{what}/{parameter}", place.start, place.length)  # noqa: E731
+        place.of(place.owner).copy_(read("weight"))
+        if self._average:
+            place.of(self._average[id(place.owner)]).copy_(read("average"))
+        for kind in kinds:
+            size = shards.size(f"{name}/{kind}/{parameter}")
+            if size == 0:  # a parameter that had not moved yet
+                continue
+            state = self.base.state[place.owner]
+            if size == 1 < place.owner.numel() or kind == "step":
+                step = shards.read(f"{name}/{kind}/{parameter}", 0, 1)[0]
+                state[kind] = step.to(place.owner.device, copy=True)
+            else:
+                state.setdefault(kind, torch.zeros_like(place.owner))
+                place.of(state[kind]).copy_(read(kind))
 
     def _fits(self, shards: Shards, name: str) -> None:
         """Raises ForjaError, naming the first parameter that the checkpoint has in another size."""
@@ -231,8 +282,9 @@ class Engine:
             zero.update_lp_params()
         elif self.zero == 3:
             zero._partition_all_parameters()
-            for group in range(len(zero.fp16_groups)):
-                zero._reassign_or_swap_out_partitioned_parameters(group)
+            for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                with nvme.brought_in(zero, flat, False):
+                    zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
@@ -243,21 +295,20 @@ class Engine:
         It is the model that was given, but for stage 3, which has taken that to pieces. The engine is done with.
         """
         if self._average:
-            for owner in {id(p.owner): p.owner for p in self.places().values()}.values():
+            for owner, _ in self._owners(changed=True):
                 owner.copy_(self._average[id(owner)])
             self._spread()
         if self.zero < 3:
             for block in getattr(self.model, "blocks", ()):
                 block._compiled_call_impl = None  # generation, of ever other lengths, would compile again and again
             return self.model
-        whole = {}
-        places = self.places()
-        for name, p in self.model.named_parameters():
-            numbers = torch.zeros(p.ds_numel, device=device())
-            if (place := places.get(name)) is not None:
-                numbers[place.start : place.start + place.length] = place.of(place.owner)
+        whole = {n: torch.zeros(p.ds_shape, device=device()) for n, p in self.model.named_parameters()}
+        for owner, places in self._owners():
+            for name, place in places.items():
+                whole[name].view(-1)[place.start : place.start + place.length] = place.of(owner)
+        for numbers in whole.values():
             torch.distributed.all_reduce(numbers)
-            whole[name] = numbers.view(p.ds_shape)
+        self._folders.close()
         return filled(self.model.config, whole)
 
 
@@ -275,20 +326,6 @@ def _prepare(model: Any, zero: int) -> None:
             )
         for block in model.blocks:  # not the embedding, whose gradient is slow when compiled, nor the loss
             block.compile()
-
-
-def _offload(zero: int) -> dict[str, Any]:
-    """DeepSpeed's words for what lies outside the device's memory. Raises ForjaError for what it cannot do."""
-    out: dict[str, Any] = {}
-    for what, key, least in (("OPTIMIZER", "offload_optimizer", 1), ("PARAMS", "offload_param", 3)):
-        name = f"FORJA_OFFLOAD_{what}"
-        if where := os.environ.get(name):
-            if where != "cpu":
-                raise ForjaError(f"{name}={where}: what lies on a disk cannot be saved and resumed yet; set it to cpu")
-            if zero < least:
-                raise ForjaError(f"{name}=cpu: needs FORJA_ZERO={least}{' or more' if least < 3 else ''}")
-            out[key] = {"device": "cpu", "pin_memory": device().type == "cuda"}
-    return out
 
 
 def _deepspeed() -> Any:

@@ -135,7 +135,7 @@ def test_what_cannot_be_had_is_said(tiny: GPTConfig, monkeypatch: pytest.MonkeyP
             Engine(GPT(tiny), OPTIM, 8)
 
     refused("FORJA_OFFLOAD_PARAMS=cpu: needs FORJA_ZERO=3", FORJA_OFFLOAD_PARAMS="cpu", FORJA_ZERO="2")
-    refused("FORJA_OFFLOAD_OPTIMIZER=/disk: .* set it to cpu", FORJA_OFFLOAD_OPTIMIZER="/disk", FORJA_ZERO="3")
+    refused("OPTIMIZER=/disk: is neither cpu nor nvme:FOLDER", FORJA_OFFLOAD_OPTIMIZER="/disk", FORJA_ZERO="3")
     refused("not together with FORJA_ZERO=3", FORJA_COMPILE="1", FORJA_ZERO="3")
 
 
