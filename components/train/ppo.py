@@ -297,7 +297,7 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
                 policy_model = policy.finished()
             if not over and (done % cfg.eval_every == 0 or ends):
                 evaluations.append(measure(policy_model) | {"step": done})
-                row["val_reward"] = evaluations[-1]["reward"]
+                row |= {f"val_{key}": evaluations[-1][key] for key in ("reward", "repetition")}
                 if best is not None:
                     best.note(-row["val_reward"], done)
             log(row, done)
@@ -323,7 +323,8 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
     metrics: dict[str, float] = {key: number for row in history for key, number in row.items()}
     if best is not None:
         best.put_back()
-        metrics |= {"best_step": float(best.step), "val_reward": -best.loss}
+        (kept,) = (e for e in (before, *evaluations) if e["step"] == best.step)
+        metrics |= {"best_step": float(best.step), "val_reward": kept["reward"], "val_repetition": kept["repetition"]}
     save(policy_model, out, sft / TOKENIZER, prompts)
     write_samples(out, policy_model.eval(), tokenizer, heldout[: cfg.sample_rows], marks[1])
     write_evaluations(out, [before, *evaluations], heldout, tokenizer)

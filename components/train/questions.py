@@ -15,6 +15,7 @@ from components.data.tokenize import rows
 from components.model.generate import generate
 from components.model.gpt import GPT
 from components.train.reward import score
+from components.train.rl import repetition
 
 EVALUATIONS = "evaluations.jsonl"
 Question = dict[str, Any]  # "prompt" and its tokens, "ids"
@@ -44,12 +45,13 @@ def questions(tokenizer: Tokenizer, path: Path, prompts: dict, longest: int) -> 
 def evaluated(
     model: GPT, reward: GPT, heldout: Sequence[Question], marks: tuple[int, int], new: int, few: int
 ) -> dict[str, Any]:
-    """Greedy answers of up to `new` tokens: their mean reward, and the first `few` with their own."""
+    """Greedy answers of up to `new` tokens: their mean reward and repetition, and the first `few` with their own."""
     pad, end = marks
     asked = [row["ids"] for row in heldout]
     answers = generate(model, asked, max_new_tokens=new, stop=end)
     scores = sound(score(reward, [p + a for p, a in zip(asked, answers, strict=True)], pad))
-    return {"reward": float(scores.mean()), "answers": answers[:few], "scores": scores[:few].tolist()}
+    measured = {"reward": float(scores.mean()), "repetition": repetition(answers)}
+    return measured | {"answers": answers[:few], "scores": scores[:few].tolist()}
 
 
 def sound(scores: Tensor) -> Tensor:

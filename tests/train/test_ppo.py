@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def told(made: dict[str, Path], tmp_path: Path) -> tuple[list[dict[str, float]], dict[str, float], Path]:
     """The rows, metrics and folder of RECIPE's own run."""
     rows: list[dict[str, float]] = []
-    metrics, out = train(made, tmp_path / "told", lambda row, _: rows.append(dict(row)))
+    metrics, out = train(made, tmp_path / "told", lambda row, step: rows.append({**row, "step": step}))
     return rows, metrics, out
 
 
@@ -46,7 +46,7 @@ def finite(folder: Path) -> bool:
 
 def close(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> None:
     """Rows that say the same but for rounding and time."""
-    kept = [[{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows] for rows in (a, b)]
+    kept = [[{k: v for k, v in row.items() if k != "step" and "perf/" not in k} for row in rows] for rows in (a, b)]
     assert len(a) == len(b)
     for mine, theirs in zip(*kept, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-4)
@@ -188,7 +188,8 @@ def test_the_best_held_out_step_is_what_goes_on(made: dict[str, Path], tmp_path:
 
 
 def test_evaluations_lie_side_by_side(told: tuple) -> None:
-    _, metrics, out = told
+    curves, metrics, out = told
+    assert [row["step"] for row in curves if "val_repetition" in row] == [2, 4]
     rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [[a["step"] for a in row["answers"]] for row in rows] == [[0, 2, 4]] * RECIPE.sample_rows
     assert metrics["val_reward"] != metrics["val_reward_before"]
