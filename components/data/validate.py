@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from components.artifact import ForjaError, to_json
 from components.data import clean, datadocs, suites
@@ -52,6 +52,12 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     pii: Literal["off", "flag", "redact"]
     poison: Literal["off", "flag", "drop"]
     tables: Tables
+
+    @field_validator("pii", "poison", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 def run(cfg: Config, data: Path, out: Path, log: Log, executor: Executor = HERE) -> dict[str, float]:

@@ -26,6 +26,10 @@ def config(share: float = 0.9, **more: Any) -> Config:
     return Config.model_validate(asked | {"tables": dict.fromkeys(TABLES, limits)})
 
 
+def test_a_bare_off_which_yaml_reads_as_false_is_off() -> None:
+    assert config(pii=False, poison=False) == config(pii="off", poison="off")
+
+
 def row(name: str, split: str = "train", **fields: Any) -> dict[str, Any]:
     common = {"id": name, "source": "s", "licence": "l", "provenance": "p", "lang": "en", "object": name}
     return common | {"split": split} | fields
