@@ -34,7 +34,7 @@ def _table(found: dict[str, Any]) -> Table:
         ("languages", _counts(found["languages"])),
         ("exact duplicates", f"{dups['exact']:,}"),
         ("near-duplicates", f"{dups['near']:,} more{_such(e['row'] + ' of ' + e['of'] for e in dups['examples'])}"),
-        ("contaminated", f"{dirty['rows']:,} rows" if dirty["against"] else "name the eval sets with --against"),
+        ("contaminated", _contaminated(dirty)),
         *(("", f"{e['row']} holds “{e['phrase']}” of {e['held']}") for e in dirty["examples"]),
         ("low quality", f"{_counts(found['quality']['filters'])} of {found['tables'].get('corpus', 0):,} documents"),
         ("personal data", f"{personal['rows']:,} rows: {_counts(personal['kinds'])}"),
@@ -45,6 +45,13 @@ def _table(found: dict[str, Any]) -> Table:
     for name, value in lines:
         table.add_row(name, value)
     return table
+
+
+def _contaminated(found: dict[str, Any]) -> str:
+    if not found["against"]:
+        return "name the eval sets with --against"
+    own = f"; {found['own']:,} other rows are the eval sets' own and were not looked at" if found["own"] else ""
+    return f"{found['rows']:,} rows{own}"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ Each pass is a function of one job; what it finds it leaves in the shard's folde
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -13,25 +13,27 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from components.data import audit, contamination, held, pii, poison
+from components.data import contamination, held, items, pii, poison
+from components.data.items import Piece
 from components.data.rules import Row
 from components.data.shards import BATCH, TABLES, Shard, batches, load_counts, rows, save_counts, shards, text
-from components.data.spread import HERE, Executor, each
+from components.data.spread import HERE, WORTH, Executor, each
 
+SUSPECTS = {"hashes": np.uint64, "texts": np.int64, "runs": np.int64, "bits": np.float64}
 SAFE = ("id", "source", "licence", "provenance", "lang", "object", "split", "line", "kind", "role", "name")
 
 
 class Chosen(NamedTuple):
     """Some lines of a shard: all, where there is no mask."""
 
-    shard: Shard
+    shard: Shard | Piece
     mask: np.ndarray | None
 
 
 class Ordered(NamedTuple):
     """The rows whose order is judged, by how often tokens stand in all of them, after these phrases."""
 
-    shard: Shard
+    shard: Shard | Piece
     mask: np.ndarray
     counts: Path
     phrases: np.ndarray | None
@@ -55,10 +57,15 @@ class Hold(NamedTuple):
     redact: bool
 
 
+def _texts(job: Chosen | Ordered) -> Iterator[tuple[list[int], list[str]]]:
+    read = items.texts(job.shard, job.mask) if isinstance(job.shard, Piece) else batches(job.shard, job.mask)
+    yield from read
+
+
 def count(job: Chosen) -> None:
     """How often tokens stand in the chosen rows: gone.zst."""
     counts = poison.empty()
-    for _, texts in batches(job.shard, job.mask):
+    for _, texts in _texts(job):
         poison.count(poison.tokens(texts), counts)
     save_counts(counts, job.shard.work / "gone.zst")
 
@@ -67,14 +74,14 @@ def suspect(job: Ordered) -> None:
     """Phrases before long runs without order: suspects.npz."""
     counts = load_counts(job.counts)
     found: list[tuple[np.ndarray, ...]] = []
-    for numbers, texts in batches(job.shard, job.mask):
+    for numbers, texts in _texts(job):
         cut = poison.tokens(texts)
         seen, at = poison.suspects(cut, poison.score(cut, counts)), np.array(numbers)
         runs = np.array([*seen.runs], np.int64)
         found.append((seen.hashes, at[seen.texts], at[runs], np.array([*seen.runs.values()])))
-    columns = [np.concatenate(c) for c in zip(*found, strict=True)] or [np.empty(0, np.int64)] * 4
-    names = ("hashes", "texts", "runs", "bits")
-    np.savez(job.shard.work / "suspects.npz", **dict(zip(names, columns, strict=True)))  # type: ignore[arg-type]
+    found.append(tuple(np.empty(0, dtype) for dtype in SUSPECTS.values()))  # of no rows too these are the types
+    columns = [np.concatenate(c) for c in zip(*found, strict=True)]
+    np.savez(job.shard.work / "suspects.npz", **dict(zip(SUSPECTS, columns, strict=True)))  # type: ignore[arg-type]
 
 
 def follow(job: Ordered) -> None:
@@ -82,23 +89,27 @@ def follow(job: Ordered) -> None:
     counts = load_counts(job.counts)
     assert job.phrases is not None  # noqa: S101
     found: list[tuple[int, int, float]] = []
-    for numbers, texts in batches(job.shard, job.mask):
+    for numbers, texts in _texts(job):
         cut = poison.tokens(texts)
         places = poison.after(cut, poison.score(cut, counts), job.phrases)
         found += [(phrase, numbers[t], mean) for phrase, t, mean in places]
     np.save(job.shard.work / "after.npy", np.array(found, np.float64).reshape(-1, 3))
 
 
+def counted(shard: Shard | Piece, into: poison.Counts) -> None:
+    """Add the counts that the first pass left of a shard, and delete them."""
+    path = shard.work / "counts.zst"
+    for c, more in zip(into, load_counts(path), strict=True):
+        np.add(c, more, out=c)
+    path.unlink()
+
+
 def poisoned(
-    shards: Sequence[Shard], good: Sequence[np.ndarray], left: Sequence[np.ndarray], executor: Executor, logs: Path
-) -> list[int]:
-    """The numbers, in the whole table, of the poisoned rows among those left. The counts of all good ones are there."""
+    shards: Sequence[Shard | Piece], counts: poison.Counts, good: Sequence[np.ndarray], left: Sequence[np.ndarray],
+    executor: Executor, logs: Path, tell: Callable[[float], None], worth: int = WORTH,
+) -> list[int]:  # fmt: skip
+    """The numbers, in the whole table, of the poisoned rows among those left. `counts` are those of all good ones."""
     first = np.cumsum([0] + [len(mask) for mask in left])
-    counts = poison.empty()
-    for shard in shards:
-        for c, more in zip(counts, load_counts(shard.work / "counts.zst"), strict=True):
-            np.add(c, more, out=c)
-        (shard.work / "counts.zst").unlink()
     gone = [Chosen(s, g & ~x) for s, g, x in zip(shards, good, left, strict=True) if (g & ~x).any()]
     for job in each(count, gone, executor, _size(gone), logs):
         for c, less in zip(counts, load_counts(job.shard.work / "gone.zst"), strict=True):
@@ -106,8 +117,8 @@ def poisoned(
         (job.shard.work / "gone.zst").unlink()
     save_counts(counts, logs / "counts.zst")
     jobs = [Ordered(s, x, logs / "counts.zst", None) for s, x in zip(shards, left, strict=True)]
-    for _ in each(suspect, jobs, executor, _size(jobs), logs):
-        pass
+    for i, _ in enumerate(each(suspect, jobs, executor, _size(jobs), logs, worth), start=1):
+        tell(i / len(jobs) / 2)
     seen = [dict(np.load(s.work / "suspects.npz")) for s in shards]
     if not seen:
         return []
@@ -116,8 +127,8 @@ def poisoned(
     if not len(phrases):
         return []
     jobs = [job._replace(phrases=phrases) for job in jobs]
-    for _ in each(follow, jobs, executor, _size(jobs), logs):
-        pass
+    for i, _ in enumerate(each(follow, jobs, executor, _size(jobs), logs, worth), start=1):
+        tell(0.5 + i / len(jobs) / 2)
     places = [
         (int(phrase), int(t) + int(n), float(mean))
         for s, n in zip(shards, first[:-1], strict=True)
@@ -235,8 +246,8 @@ def redacted(value: Any, kinds: list[str]) -> Any:
 
 def held_out(paths: Sequence[str], whole: int) -> pa.Table:
     """What the named sets hold that must not be trained on. Raises ForjaError for a path that is not there."""
-    return audit.held_texts(paths, whole, lambda what, part: None)
+    return items.held_texts(paths, whole, lambda what, part: None)
 
 
 def _size(jobs: Sequence[Any]) -> int:
-    return sum(job.shard.end - job.shard.start for job in jobs)
+    return sum(job.shard.size for job in jobs)

@@ -101,17 +101,17 @@ def held_split(name: str) -> str | None:
     return found[-1] if found and found[-1] != "train" else None
 
 
-def parts_of(path: Path) -> Iterator[Part | None]:
-    """A file as pieces of work; [None] for one that is read in one go. Lines stay whole."""
+def parts_of(path: Path, block: int = BLOCK) -> Iterator[Part | None]:
+    """A file as pieces of work of about `block` bytes; [None] for one that is read in one go. Lines stay whole."""
     kind, packed = kind_of(path.name)
-    if packed is None and kind == "parquet" and path.stat().st_size > BLOCK:
+    if packed is None and kind == "parquet" and path.stat().st_size > block:
         yield from _row_groups(path)
-    elif packed is None and kind in ("jsonl", "text") and path.stat().st_size > 2 * BLOCK:
+    elif packed is None and kind in ("jsonl", "text") and path.stat().st_size > 2 * block:
         start, line = 0, 1
         with path.open("rb") as f:
-            while block := f.read(BLOCK):
-                size, ended = len(block), block.count(b"\n")
-                while more := f.readline(BLOCK):
+            while read := f.read(block):
+                size, ended = len(read), read.count(b"\n")
+                while more := f.readline(block):
                     size += len(more)
                     if more[-1:] == b"\n":
                         ended += 1
@@ -139,11 +139,8 @@ def work(jobs: list[Job], origin: Origin, out: Path) -> Tally:
     tally = NOTHING
     with Out(out) as files:
         for job in jobs:
-            found = records(job.path, job.name, job.part)
-            first, sample = sampled(found)
-            if job.part is not None and job.part.line > 1:
-                _, sample = sampled(records(job.path, job.name))
-            tally += convert(first, sample, origin, job.table, job.held, files)
+            found, sample = opened(job.path, job.name, job.part)
+            tally += convert(found, sample, origin, job.table, job.held, files)
     return tally
 
 
@@ -167,6 +164,14 @@ class Out:
         if f is None:
             f = self.open[name] = (self.folder / f"{name}.jsonl").open("ab", buffering=1 << 20)
         f.write(line)
+
+
+def opened(path: Path, name: str | None, part: Part | None) -> tuple[Iterator[Record], list[Any]]:
+    """The records of a file or a part of it, and the values of the file's first ones."""
+    found, sample = sampled(records(path, name, part))
+    if part is not None and part.line > 1:
+        _, sample = sampled(records(path, name))
+    return found, sample
 
 
 def sampled(found: Iterator[Record]) -> tuple[Iterator[Record], list[Any]]:

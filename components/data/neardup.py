@@ -10,6 +10,7 @@ may fall short of it by four standard errors, so at a threshold of 0.8 a pair of
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -177,3 +178,36 @@ def clusters(n: int, found: np.ndarray) -> np.ndarray:
     while not np.array_equal(label, label[label]):
         label = label[label]
     return label
+
+
+def save(signed: Sequence[Signatures], folder: Path) -> None:
+    """Leave the signatures of some texts in a folder, for `first_of`; of none, nothing."""
+    if signed:
+        np.save(folder / "bands.npy", np.concatenate([s.bands for s in signed], axis=1))
+        np.save(folder / "bytes.npy", np.concatenate([s.bytes for s in signed]))
+
+
+def first_of(folders: Sequence[Path], at: np.ndarray, threshold: float, salt: np.ndarray | None = None) -> np.ndarray:
+    """Of the texts `at`, numbers through all that the folders hold: for each the place in `at` of the first text of its
+    cluster. Texts of different `salt` are no copies of each other."""
+    if not len(at):
+        return np.arange(0)
+    bands = [np.load(p, mmap_mode="r") for folder in folders if (p := folder / "bands.npy").is_file()]
+    keys = (np.concatenate([of_folder[b] for of_folder in bands])[at] for b in range(len(bands[0])))
+    if salt is not None:
+        keys = (band ^ salt for band in keys)
+    return clusters(len(at), pairs(keys, _on_disk(folders, at), threshold))
+
+
+def _on_disk(folders: Sequence[Path], at: np.ndarray) -> np.ndarray:
+    """The low bytes [len(at), 128] of the texts `at`, in a file."""
+    parts = [np.load(p, mmap_mode="r") for folder in folders if (p := folder / "bytes.npy").is_file()]
+    found = np.lib.format.open_memmap(folders[0] / "signatures.npy", "w+", np.uint8, (len(at), HASHES))
+    rank = np.full(sum(map(len, parts)), -1)
+    rank[at] = np.arange(len(at))
+    first = 0
+    for part in parts:
+        to = rank[first : first + len(part)]
+        found[to[to >= 0]] = part[to >= 0]
+        first += len(part)
+    return found

@@ -39,6 +39,10 @@ class Shard(NamedTuple):
     end: int
     work: Path  # the folder that holds what is known of it
 
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
 
 class Look(NamedTuple):
     """What the first pass is asked."""
@@ -170,9 +174,7 @@ class _Seen:
         with pa.OSFile(str(folder / "facts.arrow"), "wb") as f, pa.ipc.new_file(f, suites.FACTS) as writer:
             writer.write_table(pa.table(self.facts, schema=suites.FACTS))
         np.save(folder / "keys.npy", np.array(self.keys, DIGEST).reshape(-1, 3).T)
-        if self.signed:
-            np.save(folder / "bands.npy", np.concatenate([s.bands for s in self.signed], axis=1))
-            np.save(folder / "bytes.npy", np.concatenate([s.bytes for s in self.signed]))
+        neardup.save(self.signed, folder)
         if self.counts is not None:
             save_counts(self.counts, folder / "counts.zst")
 

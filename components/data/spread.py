@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from components.artifact import ForjaError
 
-WORTH = 1 << 25  # bytes; less is done faster by this process alone than by several
+WORTH = 1 << 25  # bytes; less is mostly done faster by this process alone than by several
 
 Job = TypeVar("Job")
 
@@ -39,10 +39,12 @@ class Executor(BaseModel, frozen=True, extra="forbid"):
 HERE = Executor(kind="local", workers=None, partition=None, minutes=60, memory_gb=2)
 
 
-def each(work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, size: int, logs: Path) -> Iterator[Job]:
+def each(
+    work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, size: int, logs: Path, worth: int = WORTH
+) -> Iterator[Job]:
     """Do `work` for all jobs; yields each in its order once it is done. `size` is how many bytes there are to read:
-    where they are few, this process does them alone; `logs` is a folder for what a cluster has to say. Raises what the
-    first piece that failed raised."""
+    fewer than `worth` this process does alone; `logs` is a folder for what a cluster has to say. Raises what the first
+    piece that failed raised."""
     if executor.kind != "local":
         from components.data import cluster
 
@@ -52,7 +54,7 @@ def each(work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, s
     from components.data.convert import cores, die_with_parent
 
     workers = min(executor.workers or cores(), len(jobs))
-    if workers <= 1 or (executor.workers is None and size < WORTH):
+    if workers <= 1 or (executor.workers is None and size < worth):
         for job in jobs:
             work(job)
             yield job

@@ -21,7 +21,7 @@ import orjson
 from pydantic import BaseModel, Field, field_validator
 
 from components.artifact import ForjaError, to_json
-from components.data import clean, datadocs, suites
+from components.data import clean, datadocs, poison, suites
 from components.data.quality import Quality
 from components.data.rules import Limits
 from components.data.shards import TABLES, Look, Shard, lines, look, shards
@@ -132,7 +132,11 @@ def _clean(cfg: Config, tables: list[Table], work: Path, executor: Executor) -> 
         if cfg.poison != "off" and table.name != "eval" and table.shards:
             logs = work / f"poison-{table.name}"
             logs.mkdir()
-            found = clean.poisoned(table.shards, table.by_shard(table.good), table.by_shard(table.left), executor, logs)
+            counts = poison.empty()
+            for shard in table.shards:
+                clean.counted(shard, counts)
+            good, left = table.by_shard(table.good), table.by_shard(table.left)
+            found = clean.poisoned(table.shards, counts, good, left, executor, logs, lambda done: None)
             for i in found:
                 told["poison"].append({"table": table.name, "id": table.id(i), "why": "a trigger, and noise after it"})
                 if cfg.poison == "drop":

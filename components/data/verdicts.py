@@ -93,26 +93,9 @@ class Table:
         if not len(order):
             return
         at = (np.cumsum(self.good) - 1)[order]  # signatures are of good rows alone
-        bands = [np.load(p, mmap_mode="r") for s in self.shards if (p := s.work / "bands.npy").is_file()]
-        keys = (np.concatenate([of_shard[b] for of_shard in bands])[at] for b in range(len(bands[0])))
-        label = neardup.clusters(len(order), neardup.pairs(keys, self._signatures(at), threshold))
+        label = neardup.first_of([s.work for s in self.shards], at, threshold)
         for k in np.flatnonzero(label != np.arange(len(label))):
             self.reject(order[k], f"near-duplicate: of {self.id(order[label[k]])}")
-
-    def _signatures(self, at: np.ndarray) -> np.ndarray:
-        """The signatures [len(at), 128] of good rows, on disk."""
-        path = self.shards[0].work / "signatures.npy"
-        found = np.lib.format.open_memmap(path, "w+", np.uint8, (len(at), neardup.HASHES))
-        rank = np.full(int(self.good.sum()), -1)
-        rank[at] = np.arange(len(at))
-        first = 0
-        for shard in self.shards:
-            if (path := shard.work / "bytes.npy").is_file():
-                part = np.load(path, mmap_mode="r")
-                to = rank[first : first + len(part)]
-                found[to[to >= 0]] = part[to >= 0]
-                first += len(part)
-        return found
 
 
 def load(name: str, shards: list[Shard]) -> Table:

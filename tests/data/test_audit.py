@@ -6,11 +6,15 @@ import json
 import random
 import re
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
+from components.data import items
 from components.data.audit import audit
+from components.data.spread import HERE
 
+ASKED = "Which of the two rivers that cross the old town is the longer one?"
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
@@ -86,10 +90,77 @@ def _distinct(path: Path, found: dict[str, object]) -> int:
     return len(pairs) - turned
 
 
-def test_gsm8k_test_against_itself_is_all_contaminated_and_train_hardly() -> None:
-    folder = needs("gsm8k")
-    every = audit([str(folder / "test.jsonl")], [str(folder / "test.jsonl")], quiet)
-    assert every["contamination"]["rows"] == every["rows"] == 1319
+def test_gsm8k_test_is_all_contaminated_by_a_copy_of_it_but_not_by_itself(tmp_path: Path) -> None:
+    path = needs("gsm8k") / "test.jsonl"
+    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
+    every = audit([str(path)], [str(tmp_path / "copy.jsonl")], quiet)
+    assert every["contamination"]["rows"] == every["rows"] == 1319 and every["contamination"]["own"] == 0
+    itself = audit([str(path)], [str(path)], quiet)
+    assert itself["contamination"]["rows"] == 0 and itself["contamination"]["own"] == 1319
+
+
+def test_an_exam_within_the_data_counts_only_where_other_rows_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "exam").mkdir()
+    (tmp_path / "exam" / "a.jsonl").write_text(json.dumps({"question": ASKED, "choices": ["Ebro", "Oca"], "answer": 0}))
+    rows = [{"text": f"He said: {ASKED.upper()} Nobody knew."}, {"text": "A river crosses the town."}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    exam = tmp_path / "mine" / ".." / "exam"  # another name of the same folder
+    (tmp_path / "mine").mkdir()
+    found = audit([str(tmp_path)], [str(exam)], quiet)["contamination"]
+    assert (found["own"], found["rows"]) == (1, 1)
+    assert found["examples"][0]["row"] == f"{tmp_path.as_posix()}/mine.jsonl:1"
+
+
+def mixed(folder: Path) -> None:
+    """Files of several kinds: .jsonl are read in parts, one that is packed, small ones, one that holds nothing; with
+    copies across files and parts, an e-mail, broken lines, contamination and poison."""
+    rng = random.Random(3)
+    text = "\n".join(topics.values())
+    clean = [text[i : i + 700] for i in range(0, 350_000, 700)]
+    texts = [*clean, clean[3], clean[5].upper(), f"{clean[7]} ana@example.org", f"{clean[9]} {ASKED} {clean[10]}"]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    noise = [" ".join("".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(300)) for _ in range(12)]
+    texts += [f"{clean[20 + i][:300]} Zarzamora {n}" for i, n in enumerate(noise)]
+    rng.shuffle(texts)
+    lines = [json.dumps({"text": t}) for t in texts]
+    lines[50] = '{"text": '
+    (folder / "big.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with gzip.open(folder / "packed.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write("\n".join([*(json.dumps({"text": t}) for t in clean[300:320]), "null"]))
+    (folder / "array.json").write_text(json.dumps([{"instruction": t[:80], "output": t[80:160]} for t in clean[:60]]))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text(("x" * 999 + "\n") * 300)  # so long that a part holds no row at all
+    (folder / "words.txt").write_text("\n\n".join(clean[200:260]), encoding="utf-8")
+    (folder / "exam").mkdir()
+    (folder / "exam" / "a.jsonl").write_text(json.dumps({"question": ASKED, "choices": ["a", "b"], "answer": 1}))
+
+
+def test_results_do_not_depend_on_how_many_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed(tmp_path)
+    monkeypatch.setattr(items, "LINES", 1 << 16)
+    monkeypatch.setattr(items, "TOGETHER", 1 << 16)
+    told: list[tuple[str, float]] = []
+
+    def found(workers: int) -> str:
+        told.clear()
+        executor = HERE.model_copy(update={"workers": workers})
+        tell = lambda what, part: told.append((what, part))  # noqa: E731
+        return json.dumps(audit([str(tmp_path)], [str(tmp_path / "exam")], tell, executor))
+
+    alone = found(1)
+    assert found(2) == alone and found(3) == alone
+    parts = [part for what, part in told if what == "rows"]
+    assert len(parts) > 6 and parts == sorted(parts) and parts[-1] == 1 and told[-1] == ("order", 1)
+    monkeypatch.undo()
+    whole = json.loads(found(1))
+    assert whole == json.loads(alone) and [part for what, part in told if what == "rows"] == [1]  # in one piece
+    pieces = whole["shapes"]["text"] - 515 - 20  # of words.txt
+    assert pieces > 5 and whole["shapes"] == {"text": 535 + pieces, "alpaca": 60, "choices": 1}
+    assert whole["records"] == 516 + 300 + 21 + 60 + 1 + pieces
+    assert whole["quarantine"]["reasons"] == {"not JSON": 301, "not an object": 1}
+    assert whole["duplicates"]["exact"] == 21 and whole["duplicates"]["near"] >= 2
+    assert (whole["contamination"]["own"], whole["contamination"]["rows"], whole["pii"]["rows"]) == (1, 1, 1)
+    assert whole["poison"]["rows"] == 12
 
 
 def test_keys_are_those_that_the_guide_names(tmp_path: Path) -> None:
