@@ -103,7 +103,8 @@ def test_train_rows_that_hold_the_test_are_found_in_every_table(tmp_path: Path) 
         ],
         "prompts": [row("r0", "test", messages=turns(LONG)), row("r1", "train", messages=turns(f"Well, {LONG}?"))],
     }
-    wanted = {("corpus", "c0"): "c2", ("instructions", "i1"): "i0", ("preferences", "p0"): "c2", ("prompts", "r1"): "r0"}
+    wanted = {("corpus", "c0"): "c2", ("instructions", "i1"): "i0"}
+    wanted |= {("preferences", "p0"): "c2", ("prompts", "r1"): "r0"}
     assert found(tables, tmp_path) == wanted
 
 
