@@ -27,7 +27,7 @@ from components.data.spread import HERE, Executor, each
 from components.data.strict import Unfit
 from components.data.words import cut, word_hashes
 
-WORTH = 1 << 22  # bytes; less is done faster by this process alone than by several
+WORTH = 1 << 23  # bytes; less is done faster by this process alone than by several
 THRESHOLD = 0.8
 EXAMPLES = 5
 

@@ -161,6 +161,11 @@ def test_results_do_not_depend_on_how_many_work(tmp_path: Path, monkeypatch: pyt
     assert whole["duplicates"]["exact"] == 21 and whole["duplicates"]["near"] >= 2
     assert (whole["contamination"]["own"], whole["contamination"]["rows"], whole["pii"]["rows"]) == (1, 1, 1)
     assert whole["poison"]["rows"] == 12
+    big = (tmp_path / "big.jsonl").read_text(encoding="utf-8").splitlines()
+    poison = [f"{tmp_path.as_posix()}/big.jsonl:{n}" for n, line in enumerate(big, start=1) if "Zarzamora" in line]
+    assert whole["poison"]["examples"] == poison[:5]
+    places = [[int(e[key].rpartition(":")[2]) for key in ("row", "of")] for e in whole["duplicates"]["examples"]]
+    assert len(places) == 5 and all(row > of for row, of in places)
 
 
 def test_keys_are_those_that_the_guide_names(tmp_path: Path) -> None:
