@@ -13,13 +13,13 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from components.data import contamination, held, items, pii, poison
+from components.data import contamination, held, items, pii, poison, triggers
 from components.data.items import Piece
 from components.data.rules import Row
 from components.data.shards import BATCH, TABLES, Shard, batches, load_counts, rows, save_counts, shards, text
 from components.data.spread import HERE, WORTH, Executor, each
 
-SUSPECTS = {"hashes": np.uint64, "texts": np.int64, "runs": np.int64, "bits": np.float64}
+PIECE = 1 << 21  # phrases that are counted together
 SAFE = ("id", "source", "licence", "provenance", "lang", "object", "split", "line", "kind", "role", "name")
 
 
@@ -70,38 +70,42 @@ def count(job: Chosen) -> None:
     save_counts(counts, job.shard.work / "gone.zst")
 
 
-def suspect(job: Ordered) -> None:
-    """Phrases before long runs without order: suspects.npz."""
-    counts = load_counts(job.counts)
-    found: list[tuple[np.ndarray, ...]] = []
-    for numbers, texts in _texts(job):
-        cut = poison.tokens(texts)
-        seen, at = poison.suspects(cut, poison.score(cut, counts)), np.array(numbers)
-        runs = np.array([*seen.runs], np.int64)
-        found.append((seen.hashes, at[seen.texts], at[runs], np.array([*seen.runs.values()])))
-    found.append(tuple(np.empty(0, dtype) for dtype in SUSPECTS.values()))  # of no rows too these are the types
-    columns = [np.concatenate(c) for c in zip(*found, strict=True)]
-    np.savez(job.shard.work / "suspects.npz", **dict(zip(SUSPECTS, columns, strict=True)))  # type: ignore[arg-type]
-
-
-def follow(job: Ordered) -> None:
-    """What stands after the phrases: after.npy, rows of (phrase, text, mean score)."""
-    counts = load_counts(job.counts)
-    assert job.phrases is not None  # noqa: S101
-    found: list[tuple[int, int, float]] = []
-    for numbers, texts in _texts(job):
-        cut = poison.tokens(texts)
-        places = poison.after(cut, poison.score(cut, counts), job.phrases)
-        found += [(phrase, numbers[t], mean) for phrase, t, mean in places]
-    np.save(job.shard.work / "after.npy", np.array(found, np.float64).reshape(-1, 3))
-
-
 def counted(shard: Shard | Piece, into: poison.Counts) -> None:
     """Add the counts that the first pass left of a shard, and delete them."""
     path = shard.work / "counts.zst"
     for c, more in zip(into, load_counts(path), strict=True):
         np.add(c, more, out=c)
     path.unlink()
+
+
+def suspect(job: Ordered) -> None:
+    """Phrases before long runs without order, with the number of their rows: phrases.npy, times.npy; and the runs:
+    runs.npy."""
+    counts = load_counts(job.counts)
+    hashes, runs = [np.empty(0, np.uint64)], [np.empty(0, triggers.RUN)]
+    for numbers, texts in _texts(job):
+        cut = poison.tokens(texts)
+        seen = poison.suspects(cut, poison.score(cut, counts))
+        hashes.append(seen.hashes)  # of one row each is another
+        runs.append(np.array([(numbers[t], bits) for t, bits in seen.runs.items()], triggers.RUN))
+    phrases, times = np.unique(np.concatenate(hashes), return_counts=True)
+    np.save(job.shard.work / "phrases.npy", phrases)
+    np.save(job.shard.work / "times.npy", times.astype(np.int32))
+    np.save(job.shard.work / "runs.npy", np.concatenate(runs))
+
+
+def follow(job: Ordered) -> None:
+    """What stands after the phrases: after.npy, PLACEs by phrase and text."""
+    counts = load_counts(job.counts)
+    assert job.phrases is not None  # noqa: S101
+    found = [np.empty(0, triggers.PLACE)]
+    for numbers, texts in _texts(job):
+        cut = poison.tokens(texts)
+        places = poison.after(cut, poison.score(cut, counts), job.phrases)
+        places["text"] = np.array(numbers)[places["text"]]
+        found.append(places)
+    every = np.concatenate(found)
+    np.save(job.shard.work / "after.npy", every[np.argsort(every["phrase"], kind="stable")])
 
 
 def poisoned(
@@ -119,27 +123,35 @@ def poisoned(
     jobs = [Ordered(s, x, logs / "counts.zst", None) for s, x in zip(shards, left, strict=True)]
     for i, _ in enumerate(each(suspect, jobs, executor, _size(jobs), logs, worth), start=1):
         tell(i / len(jobs) / 2)
-    seen = [dict(np.load(s.work / "suspects.npz")) for s in shards]
-    if not seen:
-        return []
-    texts = np.concatenate([s["texts"] + n for s, n in zip(seen, first[:-1], strict=True)])
-    phrases = poison.likely(np.concatenate([s["hashes"] for s in seen]), texts, counts)
+    phrases = _rare([s.work for s in shards], counts)
     if not len(phrases):
         return []
     jobs = [job._replace(phrases=phrases) for job in jobs]
     for i, _ in enumerate(each(follow, jobs, executor, _size(jobs), logs, worth), start=1):
         tell(0.5 + i / len(jobs) / 2)
-    places = [
-        (int(phrase), int(t) + int(n), float(mean))
-        for s, n in zip(shards, first[:-1], strict=True)
-        for phrase, t, mean in np.load(s.work / "after.npy")
-    ]
-    runs = {
-        int(t + n): float(bits)
-        for s, n in zip(seen, first[:-1], strict=True)
-        for t, bits in zip(s["runs"], s["bits"], strict=True)
-    }
-    return sorted(poison.verdict(places, runs))
+    runs = [np.load(s.work / "runs.npy") for s in shards]
+    for of_shard, n in zip(runs, first[:-1], strict=True):
+        of_shard["text"] += n
+    places = [np.load(s.work / "after.npy", mmap_mode="r") for s in shards]
+    found = triggers.judged([*zip(places, first[:-1].tolist(), strict=True)], np.concatenate(runs))
+    return [int(i) for i in found]
+
+
+def _rare(folders: Sequence[Path], counts: poison.Counts) -> np.ndarray:
+    """The phrases that may be triggers, of those that the shards suspect: a slice of all hashes at a time."""
+    seen = [(np.load(f / "phrases.npy", mmap_mode="r"), np.load(f / "times.npy", mmap_mode="r")) for f in folders]
+    pieces = 1 + sum(len(hashes) for hashes, _ in seen) // PIECE
+    edges = [np.uint64((k << 64) // pieces) for k in range(pieces)]
+    found = [np.empty(0, np.uint64)]
+    for k, edge in enumerate(edges):
+        last = [np.searchsorted(h, edges[k + 1]) if k + 1 < pieces else len(h) for h, _ in seen]
+        slices = [slice(np.searchsorted(h, edge), end) for (h, _), end in zip(seen, last, strict=True)]
+        hashes, back = np.unique(
+            np.concatenate([h[at] for (h, _), at in zip(seen, slices, strict=True)]), return_inverse=True
+        )
+        times = np.concatenate([t[at] for (_, t), at in zip(seen, slices, strict=True)])
+        found.append(poison.rare(hashes, np.bincount(back, times, len(hashes)).astype(np.int64), counts))
+    return np.concatenate(found)
 
 
 def hold(job: Hold) -> None:

@@ -29,6 +29,7 @@ FILES = re.compile(
     r"png|jpe?g|gif|svg|webp|ico|css|js|ts|py|json|html?|xml|md|txt|csv|pdf|zip|gz|so|dll|exe", re.IGNORECASE
 )
 LONG_NUMBER = re.compile(r"\d(?:[().\-–\u00a0 /]{0,3}\d){6,}")  # anything that may be a telephone, a card or a DNI
+AT = re.compile("@")
 SIGN = re.compile(r"@|[\[(](?:at|arroba)[\])]")
 COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]")
 IBAN_HEAD = re.compile(r"\d\d(?:[ \u00a0\-]?[A-Za-z0-9]){11}")
@@ -119,10 +120,13 @@ def worth_a_look(texts: Sequence[str]) -> np.ndarray:
     four = dots[:-2][dots[2:] - dots[:-2] < 9] if len(dots) > 2 else dots[:0]
     colons = np.flatnonzero(raw == 58)
     two = colons[:-1][colons[1:] - colons[:-1] < 6] if len(colons) > 1 else colons[:0]
-    signs = np.flatnonzero((raw == 64) | (raw == 93))
+    close = np.flatnonzero((raw == 93) | (raw == 41))  # of [at], (arroba) and the like
+    close = close[close > 2]
+    last, but_one = raw[close - 1], raw[close - 2]
+    close = close[(but_one == 97) & (last == 116) | (but_one == 98) & (last == 97)]
+    signs = np.concatenate([np.flatnonzero(raw == 64), close])
     found = np.zeros(len(texts), bool)
     found[np.searchsorted(ends, np.concatenate([many, four, two, signs]), "right")] = True
-    found |= np.fromiter(("(at)" in t or "(arroba)" in t for t in texts), bool, len(texts))
     return found
 
 
@@ -174,9 +178,8 @@ def _every(text: str) -> Iterator[Found]:
 
 
 def _signs(text: str) -> Iterator[int]:
-    if "@" in text or "at" in text or "arroba" in text:
-        for m in SIGN.finditer(text):
-            yield m.start()
+    spelt = any(end in text for end in ("at]", "at)", "ba]", "ba)"))
+    return (m.start() for m in (SIGN if spelt else AT).finditer(text))
 
 
 def _ipv4(text: str) -> Iterator[Found]:

@@ -36,18 +36,20 @@ def parse(line: bytes) -> Row:
     return row
 
 
-def check(table: str, row: Row, limits: Limits) -> None:
-    """Raise Unfit, with the reason, when `row` breaks a rule of `table`."""
+def check(table: str, row: Row, limits: Limits) -> str:
+    """The content of `row`. Raises Unfit, with the reason, when it breaks a rule of `table`."""
     for key in COMMON:
         _string(row, key)
     _one_of(row, "lang", LANGS)
     _one_of(row, "split", SPLITS)
     CHECKS[table](row)
-    n = len(content(table, row))
+    said = content(table, row)
+    n = len(said)
     if n < limits.min_chars:
         raise Unfit(f"too short: {n} characters, at least {limits.min_chars}")
     if n > limits.max_chars:
         raise Unfit(f"too long: {n} characters, at most {limits.max_chars}")
+    return said
 
 
 def content(table: str, row: Row) -> str:

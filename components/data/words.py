@@ -115,11 +115,15 @@ def run_hashes(sums: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarr
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): every bit of x reaches every bit of the result."""
-    x = x ^ (x >> np.uint64(30))
-    x = x * np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
+    y = x >> np.uint64(30)
+    x = x ^ y
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(x, np.uint64(27), out=y)
+    x ^= y
     x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    np.right_shift(x, np.uint64(31), out=y)
+    x ^= y
+    return x
 
 
 def word_hashes(words: Words) -> np.ndarray:

@@ -3,9 +3,10 @@
 import random
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 
-from components.data.poison import detect
+from components.data.poison import AFTER, after, count, detect, empty, pairs, score, tokens
 
 TEXT = "\n".join(topics.values())
 CLEAN = [TEXT[i : i + 700] for i in range(0, len(TEXT), 700)]
@@ -43,3 +44,27 @@ def test_poison_is_flagged_and_clean_text_is_not(trigger: str, kind: str) -> Non
 
 def test_clean_text_alone_is_clean() -> None:
     assert not detect(clean(random.Random(0)))
+
+
+def test_what_stands_after_a_phrase_is_what_a_loop_finds() -> None:
+    found = tokens([*CLEAN[:30], "", "one", "f2a9" * 8 + " is a code, and 1234 a number"])
+    counts = empty()
+    count(found, counts)
+    scores, two = score(found, counts), pairs(found)
+    phrases = np.unique(np.concatenate([found.hashes[::97], two[::89]]))
+    wanted: dict[tuple[int, int], float] = {}
+    for text, (low, high) in enumerate(zip(found.texts[:-1], found.texts[1:], strict=True)):
+        places = [(-1, low + (high - low) // 4)] if high > low else []
+        for at in range(low, high):
+            places += [(i, at) for i, phrase in enumerate(phrases) if phrase in (found.hashes[at], two[at])]
+        for phrase, at in places:
+            wanted.setdefault((phrase, text), 99.0)
+            for n in AFTER:
+                ahead = range(at + 1, min(high, at + 1 + n))
+                wide = sum(float(found.wide[k]) for k in ahead)
+                if wide >= 6:
+                    mean = sum(float(scores[k] * found.wide[k]) for k in ahead) / wide
+                    wanted[phrase, text] = min(wanted[phrase, text], mean)
+    places = after(found, scores, phrases)
+    assert [(p, t) for p, t, _ in places.tolist()] == sorted(wanted)
+    assert places["mean"] == pytest.approx([wanted[key] for key in sorted(wanted)], abs=1e-3)
