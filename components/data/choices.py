@@ -10,9 +10,10 @@ from components.data.strict import Unfit
 
 Rows = list[tuple[str, dict[str, Any]]]
 
-ASKED = ("query", "question", "context", "ctx", "sentence", "input")
+ASKED = ("query", "question", "question_stem", "context", "ctx", "sentence", "input")
+PASSAGES = ("article", "passage", "premise", "context")
 RIGHT = ("gold", "answer", "label", "answerKey", "correct", "target")
-NUMBERED = re.compile(r"(?:choice|option|ending|sol)_?(\d+|[a-z])", re.IGNORECASE)
+NUMBERED = re.compile(r"(?:choice|option|opcion|ending|sol)_?(\d+|[a-z])", re.IGNORECASE)
 
 
 def name_of(value: Mapping[str, Any]) -> str | None:
@@ -34,7 +35,7 @@ def name_of(value: Mapping[str, Any]) -> str | None:
         return None
     if isinstance(value.get("choices"), dict):
         return "arc"
-    if isinstance(value.get("choices"), list):
+    if isinstance(value.get("choices"), list) or isinstance(value.get("options"), list | dict):
         return "choices"
     if "sentence" in has and "option1" in has:
         return "winogrande"
@@ -60,22 +61,28 @@ def _index(value: Mapping[str, Any], found: Any, first: int = 0) -> Any:
         answer = int(answer)
     if isinstance(answer, str):
         text = answer.strip()
+        letter = ord(text.upper()) - ord("A") if re.fullmatch("[A-Za-z]", text) else None
         if text.isdecimal() and text.isascii():
             answer = int(text)
-        elif re.fullmatch("[A-Za-z]", text):
-            return ord(text.upper()) - ord("A")
+        elif letter is not None and isinstance(found, list) and letter < len(found):
+            return letter
         elif isinstance(found, list) and found.count(answer) == 1:
             return found.index(answer)
     return answer - first if isinstance(answer, int) and not isinstance(answer, bool) else answer
 
 
 def _asked(value: Mapping[str, Any]) -> Any:
-    return next((value[key] for key in ASKED if key in value), None)
+    """The question; where it is about a text that stands beside it, after that and an empty line."""
+    asked = next((value[key] for key in ASKED if key in value), None)
+    about = next((value[key] for key in PASSAGES if isinstance(value.get(key), str) and value[key].strip()), None)
+    return asked if about in (None, asked) or not isinstance(asked, str) else f"{about}\n\n{asked}"
 
 
 def _choices(value: Any) -> Rows:
     value = _mapping(value)
-    found = value.get("choices")
+    found = value["choices"] if "choices" in value else value.get("options")
+    if isinstance(found, dict):  # by their letters
+        found = list(found.values())
     return _row(_asked(value), found, _index(value, found))
 
 

@@ -17,10 +17,10 @@ Rows = list[tuple[str, dict[str, Any]]]
 CHATS = ("messages", "conversations", "conversation", "dialogue")
 QUESTION = ("prompt", "question", "instruction")
 ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response"), "tool"),
-    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "usuario"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing", "asistente"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "herramienta"), "tool"),
+    **dict.fromkeys(("system", "developer", "sistema"), "system"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 SAID = re.compile(r"\n\n(Human|Assistant):")  # hh-rlhf, Bai et al. 2022

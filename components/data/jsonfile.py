@@ -168,7 +168,8 @@ def _rest(buffer: _Buffer) -> bytes:
 
 
 def spread(value: Any) -> list[Any]:
-    """What a value of a .json file holds: itself; or the rows of an object of arrays, by row or by column."""
+    """What a value of a .json file holds: itself; or the rows of an object of arrays or of objects, by row or by
+    column; or the questions of SQuAD's articles."""
     from components.data.shapes import name_of
 
     if not isinstance(value, dict) or not value or name_of(value) is not None:
@@ -176,6 +177,26 @@ def spread(value: Any) -> list[Any]:
     arrays = [v for v in value.values() if isinstance(v, list) and v]
     nested = [v for v in value.values() if isinstance(v, dict)]
     if arrays and not nested and all(isinstance(x, dict) for v in arrays for x in v):
-        return [row for rows in arrays for row in rows]
-    same = len(arrays) == len(value) and len({len(v) for v in arrays}) == 1
-    return [dict(zip(value, row, strict=True)) for row in zip(*arrays, strict=True)] if same else [value]
+        return [question for rows in arrays for row in rows for question in _questions(row)]
+    if len(arrays) == len(value) and len({len(v) for v in arrays}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*arrays, strict=True)]
+    if len(nested) == len(value) and nested[0]:
+        if all(name_of(v) is not None for v in nested):  # rows by their ids
+            return nested
+        if all(v.keys() == nested[0].keys() for v in nested) and all(
+            k.isdecimal() for k in nested[0]
+        ):  # as pandas does
+            return [{name: column[k] for name, column in value.items()} for k in nested[0]]
+    return [value]
+
+
+def _questions(article: dict[str, Any]) -> list[Any]:
+    """Each question of an article of SQuAD with its paragraph, and the article as what it is about; else the row."""
+    try:
+        return [
+            {**asked, "context": paragraph["context"], "object": article.get("title") or paragraph["context"]}
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+        ] or [article]
+    except (KeyError, TypeError):
+        return [article]

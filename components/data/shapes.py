@@ -10,6 +10,7 @@ from typing import Any
 
 from components.data import choices, dialogues
 from components.data.dialogues import CHATS, QUESTION, turns
+from components.data.names import plain
 from components.data.strict import Unfit
 
 Shape = str
@@ -17,20 +18,24 @@ Rows = list[tuple[str, dict[str, Any]]]
 
 TEXT = ("text", "content", "document", "raw_content", "body")
 ANSWERS = ("completion", "response", "continuation", "output", "answer", "target")
+ALPACA = ("output", "response", "answer")
 ASKED = ("prompt", "context", "query", "input", "question", "instruction")
 
 
 def name_of(value: Any) -> Shape | None:
-    """The shape of one record by its keys, or None; where it has none, by its keys in lower case."""
+    """The shape of one record by its keys, or None; where they have none, by their names in plain English."""
     if isinstance(value, str):
         return "text"
-    if not isinstance(value, dict):
-        return None
-    return _by_keys(value) or (_by_keys(low) if (low := _in_lower_case(value)) != value else None)
+    return _by_keys(_readable(value)) if isinstance(value, dict) else None
 
 
-def _in_lower_case(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key).strip().lower(): v for key, v in value.items()}
+def _readable(value: dict[str, Any]) -> dict[str, Any]:
+    """The record, with its names in lower case and English where it has a shape only so. A question alone may have its
+    answer under such a name."""
+    if _by_keys(value) not in (None, "prompt"):
+        return value
+    same = plain(value)
+    return value if _by_keys(same) is None else same
 
 
 def _by_keys(value: Mapping[str, Any]) -> Shape | None:
@@ -47,10 +52,12 @@ def _by_keys(value: Mapping[str, Any]) -> Shape | None:
         return choice
     if "instruction" in has and isinstance(value.get("instances"), list):
         return "self-instruct"
-    if "instruction" in has and not has.isdisjoint(("output", "response")):
+    if "instruction" in has and not has.isdisjoint(ALPACA):
         return "alpaca"
     if "question" in has and "answer" in has:
         return "pairs"
+    if "question" in has and isinstance(value.get("answers"), dict | list):
+        return "squad"
     if not has.isdisjoint(ASKED) and not has.isdisjoint(ANSWERS):
         return "prompt-completion"
     if any(isinstance(value.get(key), str) for key in TEXT):
@@ -77,10 +84,10 @@ def rows(shape: Shape, value: Any) -> Rows:
     try:
         return SHAPES[shape](value)
     except Unfit:
-        low = _in_lower_case(value) if isinstance(value, dict) else value
-        if low == value or _by_keys(value) is not None:
+        same = _readable(value) if isinstance(value, dict) else value
+        if same == value:
             raise
-    return SHAPES[shape](low)
+    return SHAPES[shape](same)
 
 
 def to_table(table: str, fields: dict[str, Any], wanted: str) -> tuple[str, dict[str, Any]]:
@@ -136,7 +143,7 @@ def _dialogue(asked: str, answer: str, value: Mapping[str, Any]) -> Rows:
 
 def _alpaca(value: Any) -> Rows:
     value = _mapping(value)
-    answer = text_of(value, ("output", "response"))
+    answer = text_of(value, ALPACA)
     return _dialogue(_asked_with_input(text_of(value, ("instruction",)), value), answer, value)
 
 
@@ -175,6 +182,18 @@ def _pairs(value: Any) -> Rows:
     return _dialogue(text_of(value, ("question",)), text_of({"answer": answer}, ("answer",)), value)
 
 
+def _squad(value: Any) -> Rows:
+    """A question about a text, with the first of its answers: {"text": [...]}, or [{"text": ...}, ...]."""
+    value = _mapping(value)
+    found = value.get("answers")
+    texts = found.get("text") if isinstance(found, dict) else found
+    first = texts[0] if isinstance(texts, list) and texts else None
+    answer = first.get("text") if isinstance(first, dict) else first
+    if not isinstance(answer, str):
+        raise Unfit("answers: none is given")
+    return _dialogue(_asked_with_input(text_of(value, ("question",)), value), answer, {})
+
+
 def _prompt(value: Any) -> Rows:
     value = _mapping(value)
     asked = value.get("prompt")
@@ -190,6 +209,7 @@ SHAPES: dict[Shape, Callable[[Any], Rows]] = {
     "self-instruct": _self_instruct,
     "prompt-completion": _completion,
     "pairs": _pairs,
+    "squad": _squad,
     "prompt": _prompt,
     **{name: dialogues.rows for name in ("chat", "sharegpt", "tool-chat")},
     **{f"preference-{kind}": dialogues.preferences for kind in ("dialogue", "text", "turns")},

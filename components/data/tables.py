@@ -119,11 +119,20 @@ def csv_rows(read: Iterable[tuple[int, bytes, bool]], delimiter: str) -> Iterato
     first = next(lines, None)
     if first is None:
         return
-    if delimiter == "," and "," not in first:  # what a spreadsheet writes where the comma parts decimals
-        delimiter = ";" if ";" in first else "\t" if "\t" in first else ","
-    lines.again.append(lines.taken.pop())
+    if said := re.fullmatch(r"sep=(.)\s*", first):  # a spreadsheet's own line
+        delimiter, first = said[1], next(lines, "")
+        del lines.taken[0]
+    elif delimiter == ",":
+        delimiter = _delimiter(first)
+    lines.again.extend(lines.taken)
+    lines.taken.clear()
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = next(reader)
+    try:
+        header = next(reader)
+    except (StopIteration, csv.Error) as e:
+        if lines.taken:
+            yield 1, None, lines.raw, f"not CSV: its header cannot be read ({e}); what follows was not read"
+        return
     if len(header) == len(HEADLESS) and re.fullmatch("[A-D]", header[-1].strip()):
         yield 1, dict(zip(HEADLESS, header, strict=True)), lines.raw, None
         header = HEADLESS
@@ -144,6 +153,14 @@ def csv_rows(read: Iterable[tuple[int, bytes, bool]], delimiter: str) -> Iterato
                 reader = csv.reader(lines, delimiter=delimiter, strict=True)
         reason = reason or _reason(row, header, lines)
         yield lines.taken[0][0], None if reason else dict(zip(header, row, strict=True)), lines.raw, reason
+
+
+def _delimiter(first: str) -> str:
+    """What parts the header into most names: `;` is what a spreadsheet writes where the comma parts decimals."""
+    parted = {d: next(csv.reader([first.replace("\r", "")], delimiter=d), []) for d in ",;\t|"}
+    if len(parted[","]) == len(HEADLESS) and re.fullmatch("[A-D]", parted[","][-1].strip()):
+        return ","  # no header, but a question, which may hold anything
+    return max(parted, key=lambda d: len(parted[d]))
 
 
 def _told_apart(header: list[str]) -> list[str]:

@@ -72,6 +72,11 @@ FORMS = {
     "bom.csv": UP + table(ROWS),
     "a.tsv": table(ROWS, "\t"),
     "semicolon.csv": table([{"text": r["text"], "n": "1"} for r in ROWS], ";"),
+    "names-with-commas.csv": table([{"text": r["text"], "one, two": "1", "n": "2,5"} for r in ROWS], ";"),
+    "pipe.csv": table([{"text": r["text"], "n": "1"} for r in ROWS], "|"),
+    "spreadsheet.csv": UP + b"sep=;\r\n" + table([{"text": r["text"], "n": "1"} for r in ROWS], ";", "\r\n"),
+    "by-id.json": json.dumps({f"row {i}": r for i, r in enumerate(ROWS)}).encode(),
+    "pandas.json": json.dumps({"text": {str(i): r["text"] for i, r in enumerate(ROWS)}}).encode(),
     "a.parquet": parquet(ROWS),
     "zstd.parquet": parquet(ROWS, compression="zstd", row_group_size=2),
     "stream.arrow": arrow(ROWS, stream=True),
@@ -257,6 +262,25 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
     ]
     assert b"\n".join(r.raw for r in found) + b"\n" == data[4:]
     assert found[3].raw == b'"x\ny",\xff'
+
+
+def test_a_header_that_cannot_be_read_and_commas_of_mmlu(tmp_path: Path) -> None:
+    [(line, reason)] = told(write(tmp_path / "cr.csv", b"a,b\r1,2\r3,4\r"))
+    assert line == 1 and reason is not None and reason.startswith("not CSV: its header cannot be read (")
+    found = list(records(write(tmp_path / "mmlu.csv", b"Of 1;2;3;4;5;6;7;8,x,y,z,w,C\n")))
+    assert [r.value["answer"] for r in found] == ["C"]
+
+
+def test_squads_articles_give_their_questions(tmp_path: Path) -> None:
+    asked = [
+        {"id": "1", "question": "Who?", "answers": [{"text": "Ann"}]},
+        {"id": "2", "question": "Why?", "answers": []},
+    ]
+    article = {"title": "T", "paragraphs": [{"context": "Ann won.", "qas": asked}]}
+    found = list(records(write(tmp_path / "a.json", json.dumps({"version": "2", "data": [article]}).encode())))
+    assert [r.value for r in found] == [{**q, "context": "Ann won.", "object": "T"} for q in asked]
+    bare = {"title": "T", "paragraphs": [{"qas": asked}]}
+    assert [r.value for r in records(write(tmp_path / "b.json", json.dumps({"data": [bare]}).encode()))] == [bare]
 
 
 def test_names_given_twice_in_a_header_and_lines_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

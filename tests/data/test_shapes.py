@@ -65,6 +65,16 @@ CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
         [("instructions", {"messages": [u("1 +"), a(" 1")]})],
     ),
     ("pairs", {"question": "q", "answer": "a #### 1"}, [("instructions", {"messages": [u("q"), a("a #### 1")]})]),
+    (
+        "squad",
+        {"question": "q", "context": "c", "answers": {"text": ["x", "y"], "answer_start": [0, 3]}},
+        [("instructions", {"messages": [u("q\n\nc"), a("x")]})],
+    ),
+    (
+        "squad",
+        {"question": "q", "answers": [{"text": "x", "answer_start": 0}]},
+        [("instructions", {"messages": [u("q"), a("x")]})],
+    ),
     ("prompt", {"prompt": "p", "source": "s"}, [("prompts", {"messages": [u("p")]})]),
     ("chat", {"messages": [u("p"), a("c")]}, [("instructions", {"messages": [u("p"), a("c")]})]),
     ("chat", {"messages": [u("p")]}, [("prompts", {"messages": [u("p")]})]),
@@ -223,11 +233,68 @@ CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
         [("eval", {"question": "Ann beat Eve, so ", "choices": ["Ann won.", "Eve won."], "answer": 1})],
     ),
     (
+        "choices",
+        {"article": "t", "question": "q", "options": ["x", "y"], "answer": "B"},
+        [("eval", {"question": "t\n\nq", "choices": ["x", "y"], "answer": 1})],
+    ),
+    (
+        "choices",
+        {"question": "q", "options": {"A": "x", "B": "y"}, "answer": "y", "answer_idx": "B"},
+        [("eval", {"question": "q", "choices": ["x", "y"], "answer": 1})],
+    ),
+    (
+        "arc",
+        {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        [("eval", {"question": "q", "choices": ["x", "y"], "answer": 1})],
+    ),
+    (
         "winogrande",
         {"context_options": ["so Ann", "so Eve"], "continuation": "won.", "gold": 0},
         [("eval", {"question": "so ", "choices": ["Ann won.", "Eve won."], "answer": 0})],
     ),
 ]
+
+
+QUIZ = ("eval", {"question": "q", "choices": ["x", "y"], "answer": 1})
+PLAIN: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [  # by names in Spanish, or in capitals
+    ("text", {"título": "t", "Texto": "x", "fecha": "2026"}, [("corpus", {"text": "x"})]),
+    (
+        "pairs",
+        {"Pregunta": "q", "Respuesta": "a", "Puntuación": "3,5"},
+        [("instructions", {"messages": [u("q"), a("a")]})],
+    ),
+    (
+        "alpaca",
+        {"Instrucción": "i", "entrada": "n", "salida": "o"},
+        [("instructions", {"messages": [u("i\n\nn"), a("o")]})],
+    ),
+    (
+        "alpaca",
+        {"instruccion": "i", "contexto": "n", "respuesta": "o"},
+        [("instructions", {"messages": [u("i\n\nn"), a("o")]})],
+    ),
+    ("prompt-completion", {"prompt": "p", "respuesta": "c"}, [("instructions", {"messages": [u("p"), a("c")]})]),
+    (
+        "chat",
+        {"mensajes": [{"rol": "usuario", "contenido": "p"}, {"rol": "asistente", "contenido": "c"}]},
+        [("instructions", {"messages": [u("p"), a("c")]})],
+    ),
+    (
+        "preference-text",
+        {"pregunta": "p", "elegida": "y", "rechazada": "n"},
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
+    ("choices", {"pregunta": "q", "opciones": ["x", "y"], "respuesta": "y"}, [QUIZ]),
+    ("mmlu", {"Pregunta": "q", "A": "x", "B": "y", "Respuesta": "B"}, [QUIZ]),
+    ("mmlu", {"Question": "q", "A": "x", "B": "y", "Answer": "B"}, [QUIZ]),
+    ("mmlu", {"pregunta": "q", "opción a": "x", "opción b": "y", "correcta": "b"}, [QUIZ]),
+]
+
+
+@pytest.mark.parametrize(("shape", "value", "wanted"), PLAIN)
+def test_names_in_spanish_and_in_capitals(shape: str, value: Any, wanted: list[tuple[str, dict[str, Any]]]) -> None:
+    assert detect([value]) == shape
+    assert rows(shape, value) == wanted
 
 
 @pytest.mark.parametrize(("shape", "value", "wanted"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
@@ -260,7 +327,7 @@ def test_truthfulqa_as_csv_has_its_best_answer_where_the_hash_says() -> None:
 @pytest.mark.parametrize(
     ("shape", "value", "reason"),
     [
-        ("alpaca", {"instruction": "i"}, "missing field: output or response"),
+        ("alpaca", {"instruction": "i"}, "missing field: output or response or answer"),
         ("alpaca", {"instruction": 3, "output": "o"}, "wrong type: instruction is no text"),
         ("alpaca", [1], "not an object: a row is {...}, this is a list"),
         ("text", {"text": None}, "wrong type: text is no text"),
@@ -302,6 +369,7 @@ def test_truthfulqa_as_csv_has_its_best_answer_where_the_hash_says() -> None:
             {"prompt": "p", "chosen": u("y"), "rejected": a("n")},
             "roles: chosen is one turn of the assistant's",
         ),
+        ("squad", {"question": "q", "context": "c", "answers": []}, "answers: none is given"),
         ("kto", {"messages": [u("p")], "label": True}, "roles: a judged dialogue ends with the assistant's answer"),
         ("kto", {"messages": [u("p"), a("c")]}, "label: true or false is needed"),
         ("choices", {"query": "q", "choices": ["a", "b"], "gold": 2}, "answer: 2 points to none of the 2 choices"),
@@ -311,6 +379,7 @@ def test_truthfulqa_as_csv_has_its_best_answer_where_the_hash_says() -> None:
             "answer: True points to none of the 2 choices",
         ),
         ("choices", {"query": "q", "choices": ["a"], "gold": 0}, "choices: a list of texts is needed"),
+        ("hellaswag", {"ctx": "q", "endings": 3, "label": "B"}, "choices: a list of texts is needed"),
         (
             "arc",
             {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "E"},
