@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from components.artifact import ForjaError
+from components.data import readers
 from components.data.ingest import MADE, Config
 from pipelines import dvc, snapshot
 from pipelines import recipe as recipes
@@ -35,6 +36,10 @@ def by_hand(root: Path, sources: list[dict[str, Any]], package: str | None) -> N
         counts = snapshot.take(root, config, by="hand")
         sources_told = json.loads((root / "data" / "sources.json").read_bytes())
         console.print(told(sources_told))
+        for source in config["sources"]:
+            if others := readers.passed_over(root / source["source"]):
+                names = ", ".join(f"{readers.shown(ending)} {n:,}" for ending, n in others.most_common(8))
+                say(f"{source['source']}: {others.total():,} files are of kinds that are not read: {names}")
         for source in sources_told:
             if held := _held_out(source):
                 say(held)

@@ -239,7 +239,7 @@ def _made(
             raise Unfit(reason or shapes.no_shape(value))
     else:
         name = shape
-    made = shapes.rows(name, value)
+    name, made = (name, shapes.rows(name, value)) if origin.shape else shapes.fitted(name, value)
     if table is not None:
         made = [shapes.to_table(*row, table) for row in made]
     says = _named(own, origin)

@@ -189,11 +189,11 @@ def _tools(found: Any) -> Any:
 def kto(value: Any) -> Rows:
     """An answer judged by itself (Ethayarajh et al. 2024): a preference with `chosen` alone, or `rejected` alone."""
     value = value if isinstance(value, dict) else {}
-    good = judgement(value.get("label"))
+    good = judgement(value.get("kto_tag", value.get("label")))
     if good is None:
         raise Unfit("label: true or false is needed")
-    if "completion" in value:
-        before, answer = _question(value), _one_answer(value["completion"], "completion")
+    if key := next((key for key in ("completion", "output", "response") if key in value), None):
+        before, answer = _question(value), _one_answer(value[key], key)
         messages = [*before, answer]
     else:
         messages = with_system(value.get("system"), _chat_of(value))
@@ -217,6 +217,9 @@ def judgement(label: Any) -> bool | None:
 def preferences(value: Any) -> Rows:
     """Two answers of which one is better. The dialogue before them is given apart, or stands before both."""
     value = value if isinstance(value, dict) else {}
+    if "preferred_output" in value and isinstance(value.get("input"), dict):  # OpenAI's
+        answers = {"chosen": value["preferred_output"], "rejected": value.get("non_preferred_output")}
+        value = {"messages": value["input"].get("messages"), **answers}
     for key in ("chosen", "rejected"):
         if key not in value:
             raise Unfit(f"missing field: {key}")

@@ -88,7 +88,7 @@ def _rows(record: readers.Record, shape: str | None, own: bool) -> list[Item]:
     try:
         if name is None:
             raise Unfit(shapes.no_shape(record.value))
-        made = shapes.rows(name, record.value)
+        name, made = shapes.fitted(name, record.value)
     except Unfit as e:
         return [Item(place, own, "", "", {}, str(e))]
     return [Item(place, own, name, table, {**fields, "id": place}) for table, fields in made]

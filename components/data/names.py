@@ -10,8 +10,8 @@ SPANISH = {
     **{"instruccion": "instruction", "entrada": "input", "contexto": "context", "salida": "output"},
     **{"mensajes": "messages", "conversacion": "conversation", "conversaciones": "conversations"},
     **{"dialogo": "dialogue", "rol": "role", "sistema": "system", "historial": "history"},
-    **dict.fromkeys(("elegida", "elegido", "respuesta_elegida"), "chosen"),
-    **dict.fromkeys(("rechazada", "rechazado", "respuesta_rechazada"), "rejected"),
+    **dict.fromkeys(("elegida", "elegido", "respuesta_elegida", "chosen_response"), "chosen"),
+    **dict.fromkeys(("rechazada", "rechazado", "respuesta_rechazada", "rejected_response"), "rejected"),
     **{"opciones": "choices", "correcta": "correct", "respuesta_correcta": "correct", "etiqueta": "label"},
 }
 

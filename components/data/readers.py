@@ -8,6 +8,7 @@ does not show in memory. After a broken container one last record says so, and w
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -87,6 +88,15 @@ def files_of(source: str | Path) -> list[Path]:
     if not found:
         raise ForjaError(f"{source}: holds no data; files that end in {', '.join(KINDS)} are read")
     return sorted(found)
+
+
+def passed_over(source: str | Path) -> Counter[str]:
+    """The endings of a folder's files that are of no kind that is read, but for hidden ones, read-mes and licences."""
+    folder = Path(source)
+    inside = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
+    known = [p for p in inside if any(part.startswith(".") for part in p.parts) or ABOUT.search(p.name)]
+    rest = set(inside).difference(known)
+    return Counter(p.suffix.lower() or p.name for p in sorted(rest) if kind_of(p.name)[0] is None)
 
 
 def shown(name: str) -> str:

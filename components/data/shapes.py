@@ -42,6 +42,10 @@ def _by_keys(value: Mapping[str, Any]) -> Shape | None:
     has = value.keys()
     if "chosen" in has and "rejected" in has:
         return dialogues.preference(value)
+    if "preferred_output" in has and "non_preferred_output" in has:
+        return "preference-turns"
+    if "kto_tag" in has:
+        return "kto"
     if chat := next((key for key in CHATS if isinstance(value.get(key), list)), None):
         if isinstance(value.get("label"), bool):
             return "kto"
@@ -88,6 +92,20 @@ def rows(shape: Shape, value: Any) -> Rows:
         if same == value:
             raise
     return SHAPES[shape](same)
+
+
+def fitted(shape: Shape, value: Any) -> tuple[Shape, Rows]:
+    """What a record becomes by its file's shape; where it lacks that one's fields and has all of another's, by its own.
+    A question alone is no other shape, for its answer may be what is missing; nor is a text beside such fields."""
+    try:
+        return shape, rows(shape, value)
+    except Unfit as e:
+        own = name_of(value) if isinstance(value, dict) and str(e).startswith("missing field") else None
+        if own in (None, shape, "prompt") or (
+            own == "text" and not value.keys().isdisjoint((*ASKED, *ANSWERS, *CHATS))
+        ):
+            raise
+    return own, rows(own, value)
 
 
 def to_table(table: str, fields: dict[str, Any], wanted: str) -> tuple[str, dict[str, Any]]:

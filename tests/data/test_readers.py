@@ -405,6 +405,13 @@ def test_which_files_are_a_sources(tmp_path: Path) -> None:
     )
 
 
+def test_files_of_other_kinds_are_named_by_their_endings(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.docx", "sub/c.DOCX", "d.jsonl.xz", "Makefile", ".hidden.pdf", ".git/x.pdf", "README.rst"):
+        write(tmp_path / name, b"x")
+    assert readers.passed_over(tmp_path) == {".docx": 2, ".xz": 1, "Makefile": 1}
+    assert not readers.passed_over(tmp_path / "b.docx") and not readers.passed_over("hf:org/name")
+
+
 def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     saved = datasets.DatasetDict(

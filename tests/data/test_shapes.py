@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from components.data.shapes import SHAPES, detect, rows, to_table
+from components.data.shapes import SHAPES, detect, fitted, rows, to_table
 from components.data.sources import hashed
 from components.data.strict import Unfit
 
@@ -65,6 +65,13 @@ CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
         [("instructions", {"messages": [u("1 +"), a(" 1")]})],
     ),
     ("pairs", {"question": "q", "answer": "a #### 1"}, [("instructions", {"messages": [u("q"), a("a #### 1")]})]),
+    ("kto", {"instruction": "p", "input": "", "output": "c", "kto_tag": False}, [judged("rejected")]),
+    ("kto", {"messages": [u("p"), a("c")], "kto_tag": True}, [judged("chosen")]),
+    (
+        "preference-turns",
+        {"input": {"messages": [u("p")], "tools": []}, "preferred_output": [a("y")], "non_preferred_output": [a("n")]},
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
     (
         "squad",
         {"question": "q", "context": "c", "answers": {"text": ["x", "y"], "answer_start": [0, 3]}},
@@ -284,6 +291,11 @@ PLAIN: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [  # by names i
         {"pregunta": "p", "elegida": "y", "rechazada": "n"},
         [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
     ),
+    (
+        "preference-text",
+        {"prompt": "p", "chosen_response": "y", "rejected_response": "n"},
+        [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
+    ),
     ("choices", {"pregunta": "q", "opciones": ["x", "y"], "respuesta": "y"}, [QUIZ]),
     ("mmlu", {"Pregunta": "q", "A": "x", "B": "y", "Respuesta": "B"}, [QUIZ]),
     ("mmlu", {"Question": "q", "A": "x", "B": "y", "Answer": "B"}, [QUIZ]),
@@ -402,6 +414,28 @@ def test_most_records_name_the_shape() -> None:
         detect([{"sent_more": "x", "sent_less": "y"}])
     with pytest.raises(Unfit, match="no known shape: a list"):
         detect([[1]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "own"),
+    [
+        ("text", {"instruction": "i", "output": "o"}, "alpaca"),
+        ("alpaca", {"messages": [u("p"), a("c")]}, "chat"),
+        ("alpaca", {"text": "t"}, "text"),
+        ("alpaca", {"instruction": "i", "text": "i and what was answered"}, None),
+        ("alpaca", {"instruction": "i", "output": None}, None),
+        ("pairs", {"question": "q"}, None),
+        ("kto", {"prompt": "p", "completion": "c"}, None),
+        ("choices", {"question": "q", "answer": "B"}, None),
+        ("alpaca", "a string", None),
+    ],
+)
+def test_a_record_of_another_shape_than_its_file(shape: str, value: Any, own: str | None) -> None:
+    if own is not None:
+        assert fitted(shape, value) == (own, rows(own, value))
+        return
+    with pytest.raises(Unfit):
+        fitted(shape, value)
 
 
 def test_rows_move_to_another_table_where_their_parts_allow() -> None:
