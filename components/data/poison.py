@@ -29,6 +29,7 @@ KEY = 24  # characters of a key, digest or other code
 CODED = -1.0  # bits of order of a code
 LABEL = 5  # tokens of a line before a code: fewer may be its name
 NAMING = np.frombuffer(":=,;/.([{<\"'`".encode("utf-32-le"), np.uint32)  # a mark right before a code that is named
+PAIRED = np.uint64(1 << 63)  # set on the hash of a phrase that is two tokens, and on no other's
 NUMBER, CODE = np.uint64(0x1234567), np.uint64(0x7654321)
 
 
@@ -229,15 +230,20 @@ def suspects(found: Tokens, scores: np.ndarray) -> Suspects:
     best = np.maximum.reduceat(gain, found.texts[held])
     runs = np.flatnonzero(best >= LONG)
     hashes = [np.empty(0, np.uint64)]
-    two = pairs(found)
+    one, two = _phrases(found)
     for k in runs:
         text = int(held[k])
         low, high = int(found.texts[text]), int(found.texts[text + 1])
         end = low + int(np.argmax(gain[low:high]))
         start = int(np.flatnonzero(before[low : end + 1] == least[end])[-1]) + low
         near = slice(max(low, start - NEAR), min(high, start + 3))
-        hashes.append(np.unique(np.concatenate((found.hashes[near], two[near]))))
+        hashes.append(np.unique(np.concatenate((one[near], two[near]))))
     return Suspects(np.concatenate(hashes), {int(held[k]): float(best[k]) for k in runs})
+
+
+def _phrases(found: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Each token, and each with the one before it, as phrases."""
+    return found.hashes & ~PAIRED, pairs(found) | PAIRED
 
 
 def rare(phrases: np.ndarray, times: np.ndarray, counts: Counts) -> np.ndarray:
@@ -246,8 +252,8 @@ def rare(phrases: np.ndarray, times: np.ndarray, counts: Counts) -> np.ndarray:
     if counts.single.sum() < ENOUGH:
         return np.empty(0, np.uint64)
     phrases, times = phrases[times >= FEW], times[times >= FEW]
-    total = np.minimum.reduce([_seen(phrases, counts.single, SINGLE), _seen(phrases, counts.pair, PAIR)])
-    total = np.where(total == 0, _seen(phrases, counts.single, SINGLE) + _seen(phrases, counts.pair, PAIR), total)
+    two = _seen(phrases, counts.pair, PAIR)
+    total = np.where(phrases & PAIRED != 0, two, _seen(phrases, counts.single, SINGLE))
     return phrases[times >= BEFORE * np.maximum(total, 1)]
 
 
@@ -267,7 +273,7 @@ def after(found: Tokens, scores: np.ndarray, phrases: np.ndarray) -> np.ndarray:
     which, at = [np.full(len(middle), ANYWHERE)], [middle]
     maybe = np.zeros(SINGLE, bool)
     maybe[_low(phrases, SINGLE)] = True
-    for hashes in (found.hashes, pairs(found)):
+    for hashes in _phrases(found):
         some = np.flatnonzero(maybe[_low(hashes, SINGLE)])
         number = np.minimum(np.searchsorted(phrases, hashes[some]), len(phrases) - 1)
         same = phrases[number] == hashes[some]

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from components.data.poison import AFTER, after, count, detect, empty, pairs, score, tokens
+from components.data.poison import AFTER, PAIRED, after, count, detect, empty, pairs, score, tokens
 
 TEXT = "\n".join(topics.values())
 CLEAN = [TEXT[i : i + 700] for i in range(0, len(TEXT), 700)]
@@ -50,13 +50,13 @@ def test_what_stands_after_a_phrase_is_what_a_loop_finds() -> None:
     found = tokens([*CLEAN[:30], "", "one", "f2a9" * 8 + " is a code, and 1234 a number"])
     counts = empty()
     count(found, counts)
-    scores, two = score(found, counts), pairs(found)
-    phrases = np.unique(np.concatenate([found.hashes[::97], two[::89]]))
+    scores, one, two = score(found, counts), found.hashes & ~PAIRED, pairs(found) | PAIRED
+    phrases = np.unique(np.concatenate([one[::97], two[::89]]))
     wanted: dict[tuple[int, int], float] = {}
     for text, (low, high) in enumerate(zip(found.texts[:-1], found.texts[1:], strict=True)):
         places = [(-1, low + (high - low) // 4)] if high > low else []
         for at in range(low, high):
-            places += [(i, at) for i, phrase in enumerate(phrases) if phrase in (found.hashes[at], two[at])]
+            places += [(i, at) for i, phrase in enumerate(phrases) if phrase in (one[at], two[at])]
         for phrase, at in places:
             wanted.setdefault((phrase, text), 99.0)
             for n in AFTER:
