@@ -33,9 +33,9 @@ def name_of(value: Mapping[str, Any]) -> str | None:
         return "piqa"
     if has.isdisjoint(RIGHT) or has.isdisjoint(ASKED):
         return None
-    if isinstance(value.get("choices"), dict):
+    if isinstance(value.get("choices"), dict) and "text" in value["choices"]:
         return "arc"
-    if isinstance(value.get("choices"), list) or isinstance(value.get("options"), list | dict):
+    if any(isinstance(value.get(key), list | dict) for key in ("choices", "options")):
         return "choices"
     if "sentence" in has and "option1" in has:
         return "winogrande"

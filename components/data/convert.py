@@ -271,7 +271,7 @@ def _common(own: Row, place: str, record: Record, origin: Origin) -> Row:
         return row
     whole = "provenance" in own and "object" in own  # a row of forja's, whose id is known elsewhere
     if isinstance(own.get("id"), str | int) and not isinstance(own["id"], bool) and str(own["id"]).strip():
-        row["id"] = own["id"] if whole else f"{origin.label}/{own['id']}"
+        row["id"] = own["id"] if whole else f"{record.file}/{own['id']}"
     for key, into in GIVEN:
         given = own.get(key)
         if isinstance(given, str) and given.strip():

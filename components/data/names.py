@@ -9,6 +9,7 @@ SPANISH = {
     **{"documento": "document", "cuerpo": "body", "pregunta": "question", "respuesta": "answer", "consulta": "query"},
     **{"instruccion": "instruction", "entrada": "input", "contexto": "context", "salida": "output"},
     **{"mensajes": "messages", "conversacion": "conversation", "conversaciones": "conversations"},
+    **{"instrucciones": "instruction", "respuestas": "answers", "enunciado": "question"},
     **{"dialogo": "dialogue", "rol": "role", "sistema": "system", "historial": "history"},
     **dict.fromkeys(("elegida", "elegido", "respuesta_elegida", "chosen_response"), "chosen"),
     **dict.fromkeys(("rechazada", "rechazado", "respuesta_rechazada", "rejected_response"), "rejected"),

@@ -4,6 +4,7 @@ A shape is recognised by the keys and types of a record. `rows` gives a record's
 never changed, only placed. Where a record does not fit, the reason names what is missing.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,9 @@ Rows = list[tuple[str, dict[str, Any]]]
 TEXT = ("text", "content", "document", "raw_content", "body")
 ANSWERS = ("completion", "response", "continuation", "output", "answer", "target")
 ALPACA = ("output", "response", "answer")
+DIRECT = ("prompt", "query", "question", "instruction")
 ASKED = ("prompt", "context", "query", "input", "question", "instruction")
+ANSWERED = re.compile("answer|response|option|choice|distractor|winner", re.IGNORECASE)  # then it is no bare question
 
 
 def name_of(value: Any) -> Shape | None:
@@ -66,7 +69,9 @@ def _by_keys(value: Mapping[str, Any]) -> Shape | None:
         return "prompt-completion"
     if any(isinstance(value.get(key), str) for key in TEXT):
         return "text"
-    return "prompt" if not has.isdisjoint(QUESTION) else None
+    if has.isdisjoint(QUESTION) or any(ANSWERED.search(key) for key in has):
+        return None
+    return "prompt"
 
 
 def detect(sample: list[Any]) -> Shape:
@@ -189,7 +194,10 @@ def _completion(value: Any) -> Rows:
     answer = next((value[k] for k in ANSWERS if isinstance(value.get(k), str | list)), None)
     if isinstance(asked, list) and isinstance(answer, list):
         return dialogues.rows({"messages": [*asked, *answer]})
-    return _dialogue(text_of(value, ASKED), text_of(value, ANSWERS), value)
+    before = text_of(value, ASKED)
+    if any(key in value for key in DIRECT):  # then a context or an input is what that is about
+        before = _asked_with_input(text_of(value, DIRECT), value)
+    return _dialogue(before, text_of(value, ANSWERS), value)
 
 
 def _pairs(value: Any) -> Rows:
@@ -197,7 +205,8 @@ def _pairs(value: Any) -> Rows:
     answer = value.get("answer")
     if isinstance(answer, list) and answer:
         answer = answer[0]
-    return _dialogue(text_of(value, ("question",)), text_of({"answer": answer}, ("answer",)), value)
+    asked = _asked_with_input(text_of(value, ("question",)), value)
+    return _dialogue(asked, text_of({"answer": answer}, ("answer",)), value)
 
 
 def _squad(value: Any) -> Rows:

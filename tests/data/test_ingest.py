@@ -183,6 +183,12 @@ def test_every_line_is_a_row_or_in_quarantine_with_its_bytes_and_reason(tmp_path
     assert (counts["mine.read"], counts["mine.kept"], counts["mine.quarantined"]) == (7, 1, 6)
 
 
+def test_files_of_one_source_may_number_their_rows_alike(tmp_path: Path) -> None:
+    lines = b'{"id": 0, "text": "one of %s"}\n{"id": 1, "text": "two of %s"}\n'
+    data = folder(tmp_path, {f"{name}.jsonl": lines.replace(b"%s", name.encode()) for name in ("a", "b")})
+    assert [r["id"] for r in read(data, "corpus")] == [f"mine/{f}.jsonl/{i}" for f in "ab" for i in (0, 1)]
+
+
 def test_what_is_not_there_or_holds_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ForjaError, match="mine: holds no data; files that end in"):
         folder(tmp_path, {"picture.png": b"text", "README.md": b"about", ".hidden.txt": b"x"})

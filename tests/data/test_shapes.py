@@ -64,6 +64,16 @@ CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
         {"context": "1 +", "continuation": " 1"},
         [("instructions", {"messages": [u("1 +"), a(" 1")]})],
     ),
+    (
+        "prompt-completion",
+        {"context": "n", "query": "q", "response": "c"},
+        [("instructions", {"messages": [u("q\n\nn"), a("c")]})],
+    ),
+    (
+        "pairs",
+        {"question": "q", "context": "n", "answer": "c"},
+        [("instructions", {"messages": [u("q\n\nn"), a("c")]})],
+    ),
     ("pairs", {"question": "q", "answer": "a #### 1"}, [("instructions", {"messages": [u("q"), a("a #### 1")]})]),
     ("kto", {"instruction": "p", "input": "", "output": "c", "kto_tag": False}, [judged("rejected")]),
     ("kto", {"messages": [u("p"), a("c")], "kto_tag": True}, [judged("chosen")]),
@@ -296,6 +306,12 @@ PLAIN: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [  # by names i
         {"prompt": "p", "chosen_response": "y", "rejected_response": "n"},
         [("preferences", {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"})],
     ),
+    (
+        "squad",
+        {"Pregunta": "q", "Contexto": "c", "Respuestas": ["x"]},
+        [("instructions", {"messages": [u("q\n\nc"), a("x")]})],
+    ),
+    ("choices", {"enunciado": "q", "opciones": {"A": "x", "B": "y"}, "respuesta": "B"}, [QUIZ]),
     ("choices", {"pregunta": "q", "opciones": ["x", "y"], "respuesta": "y"}, [QUIZ]),
     ("mmlu", {"Pregunta": "q", "A": "x", "B": "y", "Respuesta": "B"}, [QUIZ]),
     ("mmlu", {"Question": "q", "A": "x", "B": "y", "Answer": "B"}, [QUIZ]),
@@ -412,6 +428,9 @@ def test_most_records_name_the_shape() -> None:
     assert detect([plain, plain, tool]) == "tool-chat"
     with pytest.raises(Unfit, match="no known shape: keys sent_more, sent_less"):
         detect([{"sent_more": "x", "sent_less": "y"}])
+    for answered in ({"prompt": "p", "response_a": "x", "winner": "a"}, {"question": "q", "correct_answer": "x"}):
+        with pytest.raises(Unfit, match="no known shape: keys"):
+            detect([answered])
     with pytest.raises(Unfit, match="no known shape: a list"):
         detect([[1]])
 
