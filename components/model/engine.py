@@ -1,4 +1,4 @@
-"""Training moved by DeepSpeed: only this file and pipeline.py know it.
+"""Training moved by DeepSpeed: only this file, pipeline.py and nvme.py know it.
 
 What a recipe says (learning rate, batch, precision) is `Optim`. What the machine has is not identity and comes from the
 environment: FORJA_DEVICE (cpu, cuda), FORJA_MICRO_BATCH, FORJA_ZERO (stage 0 to 3), FORJA_OFFLOAD_OPTIMIZER and
