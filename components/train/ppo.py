@@ -13,18 +13,19 @@ killed run goes on to the same bytes. One rollout:
 6. value: mean of max((V - R)^2, (clip(V, V_sampled +- clip_value) - R)^2) / 2
 7. kl_coef *= 1 + 0.1 clip(KL / kl_target - 1, +-0.2)
 
-The equations are functions in rl.py, the alarms are in alarms.py.
+Steps 1 and 2 are in rollout.py, the equations are functions in rl.py, the alarms are in alarms.py.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
-from torch import Tensor
 
 from components.artifact import ForjaError, to_json
 from components.data.batches import order, pick
@@ -34,18 +35,16 @@ from components.log import Log, lasting, silent
 from components.model.checkpoint import TOKENIZER, load, save
 from components.model.checkpoint import default_device as device
 from components.model.engine import Engine
-from components.model.generate import generate
 from components.model.gpt import GPT
-from components.model.losses import pad_right, picked_logprobs
 from components.model.optim import schedule
 from components.model.ranks import agreed, interrupted, split, stoppable
 from components.model.scratch import Saved, Saver
 from components.train import rl
 from components.train.alarms import new_alarms
 from components.train.best import Best
-from components.train.loop import Keeping, Skips, finite
-from components.train.questions import evaluated, questions, sound, write_evaluations
-from components.train.reward import score
+from components.train.loop import Skips, finite
+from components.train.questions import Question, evaluated, questions, write_evaluations
+from components.train.rollout import Answering, Rollout, answer_logprobs, roll_out, tempered, trimmed
 from components.train.samples import write_samples
 from components.world import world
 
@@ -53,24 +52,22 @@ ALARMS = "alarms.json"
 logger = logging.getLogger("forja")
 
 
-class Config(Keeping, frozen=True, extra="forbid"):
+Row = dict[str, float]
+
+
+class Config(Answering, frozen=True, extra="forbid"):
+    algorithm: Literal["ppo"]
     steps: int = Field(ge=0)  # rollouts
-    batch: int = Field(ge=2)  # prompts of a rollout
-    minibatches: int = Field(ge=1)
     epochs: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
-    temperature: float = Field(gt=0)
     value_lr: float = Field(gt=0)
     value_first: int = Field(ge=0)  # rollouts from which the value model alone learns
     gamma: float = Field(ge=0, le=1)
     lam: float = Field(ge=0, le=1)
     clip_ratio: float = Field(gt=0)
     clip_value: float = Field(gt=0)
-    kl_estimator: rl.Estimator
     kl_coef: float = Field(ge=0)
     kl_target: float | None = Field(gt=0)  # nats an answer; None leaves kl_coef as it is
     kl_budget: float | None = Field(gt=0)  # nats an answer, over which training ends
-    unfinished: float = Field(allow_inf_nan=False)  # the score of an answer that never ends
     val_rows: int = Field(ge=1)
     sample_rows: int = Field(ge=0)
 
@@ -80,105 +77,6 @@ class Config(Keeping, frozen=True, extra="forbid"):
         if budget is not None and info.data.get("keep") == "last":
             raise ValueError("the last step is the one that is over it; set keep to best, or kl_budget to null")
         return budget
-
-
-class Rollout(NamedTuple):
-    """N answers and what the models think of them. Position t of [N, T-1] is about the token ids[:, t + 1]."""
-
-    ids: Tensor  # [N, T] prompt and answer, padded behind
-    mask: Tensor  # [N, T-1] True where the token is the policy's own
-    logprobs: Tensor  # [N, T-1] of the policy as it sampled
-    kl: Tensor  # [N, T-1] an estimate of the divergence from the frozen SFT model
-    values: Tensor  # [N, T-1] the return the value model expects before the token
-    scores: Tensor  # [N] of the reward model, or the penalty for an answer that never ended
-
-
-def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [n, T] and mask [n, T-1] without the columns in which every row is padding."""
-    width = int(mask.any(0).nonzero().max()) + 1
-    return ids[:, : width + 1], mask[:, :width]
-
-
-def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Those of the policy: what is sampled from is softmax(logits / temperature)."""
-    return logits.float() if temperature == 1 else logits.float() / temperature
-
-
-def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
-    out = torch.zeros(mask.shape, device=logits.device)
-    return out.masked_scatter(mask, picked_logprobs(logits, ids[:, 1:][mask]))
-
-
-def roll_out(
-    policy: GPT,
-    reference: GPT,
-    value: GPT,
-    reward: GPT,
-    prompts: Sequence[list[int]],
-    marks: tuple[int, int],
-    cfg: Config,
-    seed: int,
-    micro: int,
-) -> tuple[Rollout, dict[str, float]]:
-    """Steps 1 and 2: an answer to each prompt, and what the four models make of it."""
-    pad, end = marks
-    started = time.perf_counter()
-    answers = generate(
-        policy, prompts, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=cfg.temperature, seed=seed
-    )
-    sampled = time.perf_counter()
-    # In the order of length, so that a minibatch holds like lengths and little padding.
-    both = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-    sequences = [p + a for p, a in both]
-    ids = pad_right(sequences, pad, device())
-    position = torch.arange(1, ids.shape[1], device=ids.device)
-    first = torch.tensor([len(p) for p, _ in both], device=ids.device)[:, None]
-    last = torch.tensor([len(s) for s in sequences], device=ids.device)[:, None]
-    mask = (position >= first) & (position < last)
-
-    logprobs, reference_logprobs, values, entropy = read(policy, reference, value, ids, mask, cfg, micro)
-    finished = torch.tensor([a[-1] == end for _, a in both], device=ids.device)
-    scores = sound(score(reward, sequences, pad)).to(ids.device)
-    scores = torch.where(finished, scores, torch.full_like(scores, cfg.unfinished))
-    kl = rl.kl_estimate(logprobs, reference_logprobs, cfg.kl_estimator)
-    metrics = {
-        "reward": float(scores.mean()),
-        "reward_deviation": float(scores.std(correction=0)),
-        "kl": float((kl * mask).sum(1).mean()),
-        "entropy": entropy / float(mask.sum()),
-        "length": float(mask.sum(1).float().mean()),
-        "unfinished": float((~finished).float().mean()),
-        "repetition": rl.repetition(answers),
-        "perf/rollout_s": sampled - started,
-        "perf/scoring_s": time.perf_counter() - sampled,
-    }
-    return Rollout(ids, mask, logprobs, kl, values, scores), metrics
-
-
-@torch.no_grad()
-def read(
-    policy: GPT, reference: GPT, value: GPT, ids: Tensor, mask: Tensor, cfg: Config, micro: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """log pi, log ref and V at each token of the answers [N, T-1], and the summed entropy of pi there.
-
-    Read in the update's own pieces, of `micro` rows, and in its own precision, so that the first ratio is exactly 1.
-    """
-    logprobs, ref, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
-    entropy = 0.0
-    pieces = [part for rows in torch.arange(len(ids)).chunk(cfg.minibatches) for part in rows.split(micro)]
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        for part in pieces:
-            chunk, own = trimmed(ids[part], mask[part])
-            width = own.shape[1]
-            logits = tempered(policy(chunk[:, :-1], at=own), cfg.temperature)
-            spread = torch.log_softmax(logits, dim=-1)
-            entropy -= float((spread.exp() * spread).sum())
-            logprobs[part, :width] = answer_logprobs(logits, chunk, own)
-            known = tempered(reference(chunk[:, :-1], at=own), cfg.temperature)
-            ref[part, :width] = answer_logprobs(known, chunk, own)
-            values[part, :width] = value(chunk[:, :-1]).float()
-    return logprobs, ref, values, entropy
 
 
 def update(
@@ -236,6 +134,46 @@ def update(
     }
 
 
+class Learner(NamedTuple):
+    """What a rollout and its update work with."""
+
+    policy: Engine
+    value: Engine
+    reference: GPT
+    reward: GPT
+    train: list[Question]
+    marks: tuple[int, int]  # what pads a text, and what ends an answer
+    skips: Skips
+
+
+def learn(cfg: Config, by: Learner, history: list[Row], step: int) -> Row:
+    """One step: a rollout, and unless it is over the budget a better policy, and a value model that knows it."""
+    last = history[-1] if history else None
+    kl_coef = rl.next_kl_coef(last["kl_coef"], last.get("kl", math.inf), cfg.kl_target) if last else cfg.kl_coef
+    # 1, 2. Answers from the policy as it is.
+    asking = [by.train[i]["ids"] for i in pick(cfg.seed, step, cfg.batch, len(by.train))]
+    asking.sort(key=len)
+    policy, value = by.policy.model.eval(), by.value.model
+    rollout, row = roll_out(
+        *(policy, by.reference, value, by.reward, asking, by.marks, cfg),
+        seed=cfg.seed * 100_003 + step,
+        micro=by.policy.micro,
+    )
+    row["kl_coef"] = kl_coef
+    # 3 to 6.
+    if not over_budget(cfg, row):
+        for trained in (by.policy, by.value):
+            trained.set_rate(schedule(cfg, step, cfg.steps))
+        row |= update(by.policy, by.value, rollout, kl_coef, cfg, step, by.skips)
+        row |= {"skipped": float(by.skips.total)} if by.skips.running else {}
+    return row
+
+
+def over_budget(cfg: Config, row: Row) -> bool:
+    """Whether the policy is too far away from where it began to go on; every rank says the same."""
+    return cfg.kl_budget is not None and bool(agreed(int(row["kl"] > cfg.kl_budget)))
+
+
 def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
     # The four models.
     torch.manual_seed(cfg.seed)
@@ -265,30 +203,16 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
         best.note(-before["reward"], 0)
     saved: dict[str, Saved] = {"policy": policy, "value": value} | ({} if best is None else {"best": best})
     with stoppable() as asked, Saver(scratch, saved) as saver:
-        state = saver.resume() or {"step": 0, "kl_coef": cfg.kl_coef, "skipped": [0, 0]}
-        kl_coef, skips = float(state["kl_coef"]), Skips(*state["skipped"])
+        state = saver.resume() or {"step": 0, "skipped": [0, 0]}
+        skips = Skips(*state["skipped"])
         history, evaluations, alarms = (list(state.get(key, ())) for key in ("history", "evaluations", "alarms"))
 
-        for step in range(state["step"], cfg.steps):
-            # 1, 2. Answers from the policy as it is.
-            asking = [train[i]["ids"] for i in pick(cfg.seed, step, cfg.batch, len(train))]
-            asking.sort(key=len)
-            policy_model.eval()
-            rollout, row = roll_out(
-                *(policy_model, reference, value_model, reward_model, asking, marks, cfg),
-                seed=cfg.seed * 100_003 + step,
-                micro=policy.micro,
-            )
-            row |= {"kl_coef": kl_coef, "progress": (step + 1) / cfg.steps}
-            over = cfg.kl_budget is not None and bool(agreed(int(row["kl"] > cfg.kl_budget)))
+        learner = Learner(policy, value, reference, reward_model, train, marks, skips)
+        step_of: Callable[[int], Row] = partial(learn, cfg, learner, history)
 
-            # 3 to 7. A better policy, and a value model that knows it.
-            if not over:
-                for trained in (policy, value):
-                    trained.set_rate(schedule(cfg, step, cfg.steps))
-                row |= update(policy, value, rollout, kl_coef, cfg, step, skips)
-                row |= {"skipped": float(skips.total)} if skips.running else {}
-                kl_coef = rl.next_kl_coef(kl_coef, row["kl"], cfg.kl_target)
+        for step in range(state["step"], cfg.steps):
+            row = step_of(step) | {"progress": (step + 1) / cfg.steps}
+            over = over_budget(cfg, row)
 
             # How it does on prompts it does not learn from, and whether something goes wrong.
             done = step + 1
@@ -311,8 +235,8 @@ def run(cfg: Config, validate: Path, sft: Path, reward: Path, out: Path, scratch
             alarms += said
             signal = asked()
             if not ends and (done % cfg.save_every == 0 or signal):
-                more = {"kl_coef": kl_coef, "skipped": [skips.total, skips.running]}
-                saver.save(done, more | {"history": history, "evaluations": evaluations, "alarms": alarms})
+                told = {"history": history, "evaluations": evaluations, "alarms": alarms}
+                saver.save(done, told | {"skipped": [skips.total, skips.running]})
             if not ends and signal:
                 saver.join()
                 raise interrupted(signal, done, cfg.steps)

@@ -20,7 +20,7 @@ from components.data.templates import stop
 from components.model import generate
 from components.model.checkpoint import load
 from components.model.gpt import GPT
-from components.train import ppo
+from components.train import ppo, rollout
 from components.train import questions as held
 from components.train.questions import evaluated, questions
 
@@ -89,7 +89,7 @@ def test_sampler_and_trainer_agree_on_log_probabilities(made: dict[str, Path]) -
     for i, (prompt, row) in enumerate(zip(asked, sequences, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, len(prompt) - 1 : len(row) - 1] = True
-    logprobs, reference, _, _ = ppo.read(policy, policy, load(made["reward"]).model, ids, mask, RECIPE, micro=3)
+    logprobs, reference, _, _ = rollout.read(policy, policy, load(made["reward"]).model, ids, mask, RECIPE, micro=3)
     torch.testing.assert_close(logprobs[mask], torch.tensor([x for a in said for x in a.logprobs]), atol=1e-5, rtol=0)
     assert torch.equal(logprobs, reference)
 
@@ -100,7 +100,7 @@ def test_at_a_temperature_the_policy_is_what_is_sampled_from(made: dict[str, Pat
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.tensor([[False, True]])
     cfg = RECIPE.model_copy(update={"temperature": 0.5, "minibatches": 1})
-    logprobs, _, _, entropy = ppo.read(policy, policy, load(made["reward"]).model, ids, mask, cfg, micro=1)
+    logprobs, _, _, entropy = rollout.read(policy, policy, load(made["reward"]).model, ids, mask, cfg, micro=1)
     with torch.no_grad():
         weights = [math.exp(2 * float(x)) for x in policy(ids[:, :-1])[0, 1]]
     total = sum(weights)
@@ -151,7 +151,7 @@ def test_killed_inside_a_rollout_or_an_update(
     """In the third rollout, behind the checkpoint of the second: the same command ends in the undisturbed bytes."""
     settings = {"keep": "best", "eval_every": 1, "lr": 1e-2}
     metrics, whole = train(made, tmp_path / "whole", **settings)
-    where = ppo.rl if place.startswith("rl.") else ppo
+    where = ppo.rl if place.startswith("rl.") else rollout
     name = place.removeprefix("rl.")
     own, calls, steps = getattr(where, name), [0], []
 
@@ -212,11 +212,11 @@ def test_a_budget_wants_the_best_step() -> None:
         ppo.Config.model_validate(RECIPE.model_dump() | {"kl_budget": 5.0})
 
 
-@pytest.mark.parametrize(("where", "said"), [(ppo, "1 of 8"), (held, "1 of 4")], ids=["rollout", "held-out"])
+@pytest.mark.parametrize(("where", "said"), [(rollout, "1 of 8"), (held, "1 of 4")], ids=["rollout", "held-out"])
 def test_one_reward_that_is_nan_ends_the_training(
     where: Any, said: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored = ppo.score
+    scored = rollout.score
 
     def one_nan(model: GPT, sequences: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
         scores = scored(model, sequences, pad)
@@ -232,7 +232,7 @@ def test_one_reward_that_is_nan_ends_the_training(
 def test_rewards_that_are_all_equal_are_said_and_harm_nothing(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppo, "score", lambda model, sequences, pad: torch.full((len(sequences),), -1.0))
+    monkeypatch.setattr(rollout, "score", lambda model, sequences, pad: torch.full((len(sequences),), -1.0))
     metrics, out = train(made, tmp_path)
     assert finite(out) and metrics["reward_deviation"] == 0
     assert {"equal", "unfinished"} & {a["alarm"] for a in json.loads((out / "alarms.json").read_text())}
@@ -242,7 +242,7 @@ def test_empty_answers_and_a_single_prompt(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every answer is the token that ends it, and there is one prompt to learn from and one to measure by."""
-    monkeypatch.setattr(ppo, "generate", lambda model, asked, stop, **_: [[stop]] * len(asked))
+    monkeypatch.setattr(rollout, "generate", lambda model, asked, stop, **_: [[stop]] * len(asked))
     asked = [("train", "count"), ("val", "count"), ("train", "long " * 60)]
     metrics, out = train(table(made, tmp_path, asked), tmp_path)
     assert finite(out) and metrics["length"] == 1 and metrics["dropped"] == 1

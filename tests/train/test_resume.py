@@ -40,7 +40,7 @@ RLHF = {
     "gamma": 1.0,
 }
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
-RLHF |= {"kl_estimator": "k1", "kl_budget": 50.0, "keep": "best"}
+RLHF |= {"algorithm": "ppo", "kl_estimator": "k1", "kl_budget": 50.0, "keep": "best"}
 SFT = {"long": "cut", "keep": "best"}
 CONFIGS = {
     pretrain: pretrain.Config(

@@ -1,0 +1,128 @@
+"""A rollout: answers from the policy as it is, and what the other models make of them. Steps 1 and 2 of ppo.py."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from components.model.checkpoint import default_device as device
+from components.model.generate import generate
+from components.model.gpt import GPT
+from components.model.losses import pad_right, picked_logprobs
+from components.train import rl
+from components.train.loop import Keeping
+from components.train.questions import sound
+from components.train.reward import score
+
+
+class Answering(Keeping, frozen=True, extra="forbid"):
+    """What a recipe says of its rollouts."""
+
+    batch: int = Field(ge=2)  # prompts of a rollout
+    minibatches: int = Field(ge=1)
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(gt=0)
+    kl_estimator: rl.Estimator
+    unfinished: float = Field(allow_inf_nan=False)  # the score of an answer that never ends
+
+
+class Rollout(NamedTuple):
+    """N answers and what the models think of them. Position t of [N, T-1] is about the token ids[:, t + 1]."""
+
+    ids: Tensor  # [N, T] prompt and answer, padded behind
+    mask: Tensor  # [N, T-1] True where the token is the policy's own
+    logprobs: Tensor  # [N, T-1] of the policy as it sampled
+    kl: Tensor  # [N, T-1] an estimate of the divergence from the frozen SFT model
+    values: Tensor  # [N, T-1] the return the value model expects before the token
+    scores: Tensor  # [N] of the reward model, or the penalty for an answer that never ended
+
+
+def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [n, T] and mask [n, T-1] without the columns in which every row is padding."""
+    width = int(mask.any(0).nonzero().max()) + 1
+    return ids[:, : width + 1], mask[:, :width]
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Those of the policy: what is sampled from is softmax(logits / temperature)."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """log pi [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
+    out = torch.zeros(mask.shape, device=logits.device)
+    return out.masked_scatter(mask, picked_logprobs(logits, ids[:, 1:][mask]))
+
+
+def roll_out(
+    policy: GPT,
+    reference: GPT,
+    value: GPT,
+    reward: GPT,
+    prompts: Sequence[list[int]],
+    marks: tuple[int, int],
+    cfg: Answering,
+    seed: int,
+    micro: int,
+) -> tuple[Rollout, dict[str, float]]:
+    """Steps 1 and 2: an answer to each prompt, and what the four models make of it."""
+    pad, end = marks
+    started = time.perf_counter()
+    answers = generate(
+        policy, prompts, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=cfg.temperature, seed=seed
+    )
+    sampled = time.perf_counter()
+    # In the order of length, so that a minibatch holds like lengths and little padding.
+    both = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+    sequences = [p + a for p, a in both]
+    ids = pad_right(sequences, pad, device())
+    position = torch.arange(1, ids.shape[1], device=ids.device)
+    first = torch.tensor([len(p) for p, _ in both], device=ids.device)[:, None]
+    last = torch.tensor([len(s) for s in sequences], device=ids.device)[:, None]
+    mask = (position >= first) & (position < last)
+
+    logprobs, reference_logprobs, values, entropy = read(policy, reference, value, ids, mask, cfg, micro)
+    finished = torch.tensor([a[-1] == end for _, a in both], device=ids.device)
+    scores = sound(score(reward, sequences, pad)).to(ids.device)
+    scores = torch.where(finished, scores, torch.full_like(scores, cfg.unfinished))
+    kl = rl.kl_estimate(logprobs, reference_logprobs, cfg.kl_estimator)
+    metrics = {
+        "reward": float(scores.mean()),
+        "reward_deviation": float(scores.std(correction=0)),
+        "kl": float((kl * mask).sum(1).mean()),
+        "entropy": entropy / float(mask.sum()),
+        "length": float(mask.sum(1).float().mean()),
+        "unfinished": float((~finished).float().mean()),
+        "repetition": rl.repetition(answers),
+        "perf/rollout_s": sampled - started,
+        "perf/scoring_s": time.perf_counter() - sampled,
+    }
+    return Rollout(ids, mask, logprobs, kl, values, scores), metrics
+
+
+@torch.no_grad()
+def read(
+    policy: GPT, reference: GPT, value: GPT, ids: Tensor, mask: Tensor, cfg: Answering, micro: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """log pi, log ref and V at each token of the answers [N, T-1], and the summed entropy of pi there.
+
+    Read in the update's own pieces, of `micro` rows, and in its own precision, so that the first ratio is exactly 1.
+    """
+    logprobs, ref, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
+    entropy = 0.0
+    pieces = [part for rows in torch.arange(len(ids)).chunk(cfg.minibatches) for part in rows.split(micro)]
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        for part in pieces:
+            chunk, own = trimmed(ids[part], mask[part])
+            width = own.shape[1]
+            logits = tempered(policy(chunk[:, :-1], at=own), cfg.temperature)
+            spread = torch.log_softmax(logits, dim=-1)
+            entropy -= float((spread.exp() * spread).sum())
+            logprobs[part, :width] = answer_logprobs(logits, chunk, own)
+            known = tempered(reference(chunk[:, :-1], at=own), cfg.temperature)
+            ref[part, :width] = answer_logprobs(known, chunk, own)
+            values[part, :width] = value(chunk[:, :-1]).float()
+    return logprobs, ref, values, entropy
