@@ -42,6 +42,7 @@ class Pair(NamedTuple):
     chosen: list[int]
     rejected: list[int]
     margin: float
+    asked: int  # the tokens that both begin with, those before the answer
 
     @property
     def longer(self) -> int:
@@ -54,6 +55,7 @@ class Single(NamedTuple):
 
     ids: list[int]
     good: bool
+    asked: int  # its tokens before the answer
 
 
 Item = Pair | Single
@@ -78,13 +80,23 @@ def items_of(
         found = dialogues(tokenizer, row["messages"], list(said.values()), template_of(prompts, row), context, long)
         if found is None:
             dropped["long"] += 1
-        elif len(found) == 1:
-            items.append(Single(found[0], "chosen" in said))
-        elif found[0] == found[1]:
+            continue
+        asked, whole = found
+        if len(whole) == 1:
+            items.append(Single(whole[0], "chosen" in said, asked))
+        elif whole[0] == whole[1]:
             dropped["equal"] += 1
         else:
-            items.append(Pair(found[0], found[1], float(row.get("margin", margin))))
+            items.append(Pair(whole[0], whole[1], _margin(row, margin), asked))
     return items, dropped
+
+
+def _margin(row: Mapping[str, Any], usual: float) -> float:
+    """The row's own margin, or the usual one."""
+    own = row.get("margin", usual)
+    if not isinstance(own, int | float):
+        raise ForjaError(f"preferences.jsonl: row {row['id']} has the margin {own!r}; make it a number, or drop it")
+    return float(own)
 
 
 def dialogues(
@@ -94,9 +106,11 @@ def dialogues(
     template: Template,
     context: int,
     long: Literal["cut", "drop"],
-) -> list[list[int]] | None:
-    """The dialogue with each of the answers, up to the token that ends it. All are cut alike where the longest does not
-    fit the context; None where that is not wanted, or not possible."""
+) -> tuple[int, list[list[int]]] | None:
+    """How many tokens stand before an answer, and the dialogue with each of the answers, up to the token that ends it.
+
+    All are cut alike where the longest does not fit the context; None where that is not wanted, or not possible.
+    """
     asked = encode_prompt(tokenizer, messages, template)
     tails = [_spoken(*encode(tokenizer, [*messages, answer], template))[len(asked) :] for answer in answers]
     longest = max(range(len(tails)), key=lambda i: len(tails[i]))
@@ -106,7 +120,7 @@ def dialogues(
         if cut is None:
             return None
         asked = _spoken(*cut)[: -len(tails[longest])]
-    return [asked + tail for tail in tails]
+    return len(asked), [asked + tail for tail in tails]
 
 
 def _spoken(ids: list[int], said: list[bool]) -> list[int]:
@@ -215,16 +229,23 @@ def normalise(model: GPT, heldout: Sequence[Item], pad: int) -> float:
     return deviation
 
 
-def learnable(path: Path, train: Sequence[Item], heldout: Sequence[Item], dropped: Counter[str]) -> None:
-    """Raises ForjaError where there is nothing that a reward model could be learnt from, or measured by."""
+def learnable(
+    path: Path,
+    train: Sequence[Item],
+    heldout: Sequence[Item],
+    dropped: Counter[str],
+    what: str = "a reward model",
+    least: int = 2,
+) -> None:
+    """Raises ForjaError where there is nothing that `what` could be learnt from, or `least` to measure it by."""
     left_out = "".join(f"; {n} left out: {why}" for why, n in sorted(dropped.items()))
-    if not train or len(heldout) < 2:
+    if not train or len(heldout) < least:
         counts = f"{len(train)} training and {len(heldout)} held-out rows"
-        raise ForjaError(f"{path}: {counts}; a reward model needs 1 and 2 at least{left_out}")
+        raise ForjaError(f"{path}: {counts}; {what} needs 1 and {least} at least{left_out}")
     judged = {item.good for item in train if isinstance(item, Single)}
     if len(judged) == 1 and not any(isinstance(item, Pair) for item in train):
         only = "good" if True in judged else "bad"
-        raise ForjaError(f"{path}: every judged answer is {only}; a reward model needs good and bad ones{left_out}")
+        raise ForjaError(f"{path}: every judged answer is {only}; {what} needs good and bad ones{left_out}")
 
 
 def run(cfg: Config, validate: Path, sft: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:

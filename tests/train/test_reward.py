@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent))
 from test_resume import CONFIGS, PROMPTS, SHAPE
 
 from components.artifact import ForjaError
-from components.data.chat import END, SEPARATOR, encode, special
+from components.data.chat import END, SEPARATOR, encode, encode_prompt, special
 from components.data.tokenize import train_bpe
 from components.log import silent
 from components.model.checkpoint import load, save
@@ -82,7 +82,8 @@ def test_the_loss_of_pairs_and_single_answers(judge: GPT) -> None:
     """Bradley-Terry with a margin, and the logistic loss on the score alone, each by hand."""
     ids = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16]]
     a, b, c, good, bad = (float(judge(torch.tensor([s]))[0, -1].detach()) for s in ids)
-    items = [Single(ids[3], True), Pair(ids[0], ids[1], 0.0), Single(ids[4], False), Pair(ids[2], ids[0], 0.7)]
+    items = [Single(ids[3], True, 0), Pair(ids[0], ids[1], 0.0, 1)]
+    items += [Single(ids[4], False, 1), Pair(ids[2], ids[0], 0.7, 1)]
     want = sum(math.log1p(math.exp(-x)) for x in (a - b, c - a - 0.7, good, -bad))
     loss, others = item_loss(judge, items, 0)
     assert float(loss.detach()) == pytest.approx(want, abs=1e-5)
@@ -93,8 +94,8 @@ def test_the_loss_of_pairs_and_single_answers(judge: GPT) -> None:
 
 
 def test_answers_that_change_places_are_judged_alike(judge: GPT) -> None:
-    items = [Pair(list(range(5, 5 + n)), list(range(40, 42 + n // 2)), 0.0) for n in range(2, 30)]
-    items += [Pair(item.rejected, item.chosen, 0.0) for item in items]
+    items = [Pair(list(range(5, 5 + n)), list(range(40, 42 + n // 2)), 0.0, 1) for n in range(2, 30)]
+    items += [Pair(item.rejected, item.chosen, 0.0, 1) for item in items]
     found, swapped = leads(judge, items, 0), leads(judge, items, 0, swapped=True)
     assert found == pytest.approx(swapped, abs=1e-5)
     half = len(items) // 2
@@ -125,6 +126,8 @@ def test_rows_become_items(tokenizer: Tokenizer) -> None:
     assert [item.margin for item in items if isinstance(item, Pair)] == [0.1, 0.5, 0.1]
     assert [item.good for item in items if isinstance(item, Single)] == [True, False]
     assert items[2][0] == items[0][0] and items[3][0] == items[0][1]
+    asked = encode_prompt(tokenizer, table[0]["messages"], PROMPTS["en"])
+    assert all(item.asked == len(asked) and item[0][: item.asked] == asked for item in items)
     assert items[4][1][-1] == special(tokenizer, END) and len(items[4][1]) < len(items[4][0])
     with pytest.raises(ForjaError, match="row 8 is in 'fr'"):
         items_of(tokenizer, [row(8, "a", "b") | {"lang": "fr"}], PROMPTS, 40)
@@ -136,12 +139,18 @@ def test_a_pair_that_is_too_long_is_cut_alike(tokenizer: Tokenizer) -> None:
     whole = dialogues(tokenizer, asked, [says("a"), says("a longer answer")], template, 500, "cut")
     last = dialogues(tokenizer, asked[2:], [says("a"), says("a longer answer")], template, 500, "cut")
     assert whole is not None and last is not None
-    assert whole[1] == encode(tokenizer, [*asked, says("a longer answer")], template)[0]
-    assert dialogues(tokenizer, asked, [says("a"), says("a longer answer")], template, len(whole[1]) - 1, "cut") == last
-    cut = dialogues(tokenizer, asked, [says("a"), says("a longer answer")], template, len(last[1]) - 3, "cut")
-    assert cut is not None and [len(s) for s in cut] == [len(s) - 3 for s in last]
+    longest = encode(tokenizer, [*asked, says("a longer answer")], template)[0]
+    assert whole[1][1] == longest
+    assert [before for before, _ in (whole, last)] == [
+        len(encode_prompt(tokenizer, some, template)) for some in (asked, asked[2:])
+    ]
+    again = dialogues(tokenizer, asked, [says("a"), says("a longer answer")], template, len(longest) - 1, "cut")
+    assert again == last
+    cut = dialogues(tokenizer, asked, [says("a"), says("a longer answer")], template, len(last[1][1]) - 3, "cut")
+    assert cut is not None and [len(s) for s in cut[1]] == [len(s) - 3 for s in last[1]]
+    assert cut[0] == last[0] - 3
     head = len(encode(tokenizer, [{"role": "user", "content": ""}], template)[0]) - 1
-    for ours, theirs in zip(cut, last, strict=True):
+    for ours, theirs in zip(cut[1], last[1], strict=True):
         assert ours[:head] == theirs[:head] and ours[head:] == theirs[head + 3 :]
     assert dialogues(tokenizer, asked, [says("a"), says("long " * 99)], template, 60, "cut") is None
     assert dialogues(tokenizer, asked, [says("a")], template, 20, "drop") is None
@@ -151,11 +160,12 @@ def test_the_score_stands_at_the_token_that_ends_the_answer(tokenizer: Tokenizer
     """PPO's answers end there; what a template writes behind it is not read."""
     template = {"user": "{content}", "assistant": ":", "answer": f"{{content}}{END}\n"}
     found = dialogues(tokenizer, [{"role": "user", "content": "x"}], [says("y")], template, 50, "drop")
-    assert found is not None and found[0][-1] == special(tokenizer, END)
+    assert found is not None and found[1][0][-1] == special(tokenizer, END)
 
 
 def test_scores_have_mean_0_and_deviation_1(judge: GPT, policy: GPT) -> None:
-    heldout = [Pair(list(range(5, 7 + n)), list(range(60, 70 - n)), 0.0) for n in range(6)] + [Single([9, 8], True)]
+    heldout = [Pair(list(range(5, 7 + n)), list(range(60, 70 - n)), 0.0, 1) for n in range(6)]
+    heldout += [Single([9, 8], True, 1)]
     sequences = [s for item in heldout[:-1] for s in item[:2]] + [[9, 8]]
     before = score(judge, sequences, 0)
     deviation = normalise(judge, heldout, 0)
@@ -196,6 +206,8 @@ def table(kind: Callable[[int], dict], train: int, val: int) -> list[dict]:
         (table(lambda i: row(i, "word " * 99, "b"), 4, 3), "4 left out: long"),
         (table(lambda i: row(i, f"{i}", None), 6, 3), "every judged answer is good"),
         (table(lambda i: row(i, None, f"{i}"), 6, 3), "every judged answer is bad"),
+        (table(lambda i: row(i, "", ""), 6, 3), "6 left out: equal"),
+        (table(lambda i: row(i, "a", "b", margin="2"), 6, 3), "row 0 has the margin '2'; make it a number"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_said(
@@ -213,8 +225,9 @@ def test_what_cannot_be_learnt_from_is_said(
         table(lambda i: row(i, "a", "b", ask=f"{i} " * 90), 5, 4),
         table(lambda i: row(i, "good", None) if i % 2 else row(i, None, "bad"), 6, 4),
         table(lambda i: row(i, "a", "b") if i % 2 else row(i, None, "bad"), 6, 4),
+        table(lambda i: row(i, "good", None) if i % 2 or i > 5 else row(i, None, "bad"), 6, 4),
     ],
-    ids=["one pair", "empty answers", "long questions", "labels", "pairs and labels"],
+    ids=["one pair", "empty answers", "long questions", "labels", "pairs and labels", "one class held out"],
 )
 def test_what_can_be_learnt_from_is_learnt(rows: list[dict], tmp_path: Path, policy: GPT, tokenizer: Tokenizer) -> None:
     metrics = stage(tmp_path, policy, tokenizer, rows, steps=30, eval_every=10, lr=0.01)
@@ -222,6 +235,14 @@ def test_what_can_be_learnt_from_is_learnt(rows: list[dict], tmp_path: Path, pol
     assert metrics["val_accuracy.low"] <= metrics["val_accuracy"] <= metrics["val_accuracy.high"]
     curve = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert sum(point["n"] for point in curve) == metrics["val_accuracy.n"]
+
+
+def test_scores_that_do_not_differ_harm_nothing(tmp_path: Path, policy: GPT, tokenizer: Tokenizer) -> None:
+    """Every pair with its answers the other way round too: there is nothing to learn."""
+    rows = [row(i, *(("a", "b") if i % 2 else ("b", "a"))) for i in range(8)]
+    rows += [row(8 + i, *(("a", "b") if i % 2 else ("b", "a")), split="val") for i in range(4)]
+    metrics = stage(tmp_path, policy, tokenizer, rows, steps=10, batch=16)
+    assert metrics["val_accuracy"] == 0.5 and metrics["val_loss"] >= math.log(2)
 
 
 def test_the_best_step_is_kept(tmp_path: Path, policy: GPT, tokenizer: Tokenizer) -> None:
