@@ -217,6 +217,23 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Two or more: an alias, a version, a recipe, an MLflow run id or its start, a git revision."
+        ),
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write it to this file, for machines.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write it to this file, as one page.")] = None,
+) -> None:
+    """Runs side by side, each held against the first: recipes, measures with intervals, gates, curves, answers."""
+    from pipelines.compare import show
+
+    show(find_root(), runs or [], as_json, html)
+
+
+@app.command()
 def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect's pages.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's pages.")] = 5000,

@@ -61,14 +61,14 @@ def show(root: Path, old: str, new: str | None, as_json: bool) -> None:
 
 def at_revision(root: Path, revision: str, temporary: Path) -> Snapshot:
     """The snapshot that data.dvc names in a git revision; an empty one where it has no data.dvc."""
-    known = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    known = git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if known is None:
         raise ForjaError(f"{revision}: no revision of this git repository; see `git log -- data.dvc`")
-    text = _git(root, "show", f"{revision}:./data.dvc")
+    text = git(root, "show", f"{revision}:./data.dvc")
     if text is None:
         return Snapshot(f"{revision} (no data.dvc)", None, {})
     version = yaml.safe_load(text)["outs"][0]["md5"]
-    files = _listed(_cache(root), version)
+    files = listed(cache_of(root), version)
     if files is None:  # not here: DVC asks the remotes
         command = [*dvc.DVC, "get", "--quiet", "--rev", known.strip(), str(root), "data", "--out", str(temporary)]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
@@ -82,25 +82,25 @@ def at_revision(root: Path, revision: str, temporary: Path) -> Snapshot:
 def here(root: Path) -> Snapshot:
     """The snapshot that lies in data/."""
     version = dvc.data_version(root)
-    files = (_listed(_cache(root), version) if version else None) or _on_disk(root / "data")
+    files = (listed(cache_of(root), version) if version else None) or _on_disk(root / "data")
     if not files:
         raise ForjaError("data/: nothing lies here; `dvc pull`, or take a snapshot with `forja ingest`")
     return Snapshot("the working tree", version, files)
 
 
-def _git(root: Path, *command: str) -> str | None:
+def git(root: Path, *command: str) -> str | None:
     done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)  # noqa: S603, S607
     return done.stdout if done.returncode == 0 else None
 
 
-def _cache(root: Path) -> Path:
+def cache_of(root: Path) -> Path:
     done = subprocess.run([*dvc.DVC, "cache", "dir"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise ForjaError(f"dvc cache dir: {' '.join(done.stderr.split())}; run `dvc doctor`")
     return (root / done.stdout.strip()) / "files" / "md5"
 
 
-def _listed(cache: Path, version: str) -> dict[str, tuple[str, Path]] | None:
+def listed(cache: Path, version: str) -> dict[str, tuple[str, Path]] | None:
     """The files of a folder in DVC's cache, or None where one of them is not there."""
     listing = cache / version[:2] / version[2:]
     if not listing.is_file():

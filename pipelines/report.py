@@ -73,6 +73,17 @@ MODELS = ("xz", "pretrain", "sft", "ppo", "int8", "int4")
 
 def write(root: Path, out: Path) -> Path:
     """Write the report of the checkout `root` to the file `out`, and return `out`."""
+    base = Path(os.path.relpath(root.resolve(), out.resolve().parent)).as_posix()
+    sections = (head, gates, training, ppo, samples, funnel, quality, lineage, cost, recipe)
+    template = templates().get_template("report.html.j2")
+    page = template.render({section.__name__: section(root) for section in sections}, base=base)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page)
+    return out
+
+
+def templates() -> Environment:
+    """The pages' templates, which escape what they are given, and what they say numbers and texts by."""
     environment = Environment(loader=PackageLoader("pipelines"), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {
         "number": number,
@@ -80,13 +91,8 @@ def write(root: Path, out: Path) -> Path:
         "duration": sources.duration,
         "visible": sources.visible,
     }
-    base = Path(os.path.relpath(root.resolve(), out.resolve().parent)).as_posix()
-    environment.globals |= {"bar": bar, "base": base}
-    sections = (head, gates, training, ppo, samples, funnel, quality, lineage, cost, recipe)
-    page = environment.get_template("report.html.j2").render({section.__name__: section(root) for section in sections})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, page)
-    return out
+    environment.globals["bar"] = bar
+    return environment
 
 
 def head(root: Path) -> Section:

@@ -25,6 +25,12 @@ from pipelines.stages import Row, read_run, read_spool, update_run
 
 EXPERIMENT = "forja"
 SEND_EVERY = 3.0  # seconds
+WEIGHTS = "model.safetensors"  # of a checkpoint; the components' name for it lives beside torch
+# What a stage's run keeps of its result, so that runs can be compared after artifacts/ holds another's.
+EVIDENCE = {
+    "ppo": ("samples.jsonl", "evaluations.jsonl", "alarms.json"),
+    "evaluate": ("gates.json", "rows.jsonl"),
+}
 Job = Callable[[], None]
 
 
@@ -97,6 +103,8 @@ class Tracker:
 
         def job() -> None:
             self.parent = _create(self.client, self.root, recipe, {**tags, "forja.recipe": recipe})
+            if (self.root / "params.yaml").is_file():
+                self.client.log_artifact(self.parent, str(self.root / "params.yaml"))
             for run_json in sorted((home(self.root) / "stages").glob("*/run.json")):
                 run = read_run(run_json.parent)
                 if run["status"] == "finished" and not run["reported"]:
@@ -119,7 +127,7 @@ class Tracker:
             live, self._live = self._live, None
             if live and live.started():
                 live.close(ok)
-            elif ok and (self.root / "artifacts" / stage / RECORD).is_file():
+            elif ok and (read_run(diary) or (self.root / "artifacts" / stage / RECORD).is_file()):
                 link(self.client, self.root, str(self.parent), stage, diary)
 
         self._do(job)
@@ -222,7 +230,7 @@ def create_child(client: Any, root: Path, parent: str, diary: Path, tags: dict[s
 
 
 def finish_child(client: Any, root: Path, run_id: str, diary: Path, seen: set[tuple[str, float]], ok: bool) -> None:
-    """Final metrics and the result's identity; then run.json names the MLflow run and counts as reported.
+    """Final metrics, the result's identity and evidence; then run.json names the MLflow run and counts as reported.
 
     A final metric whose name is also a curve goes by `final.<name>`.
     """
@@ -234,10 +242,13 @@ def finish_child(client: Any, root: Path, run_id: str, diary: Path, seen: set[tu
         final = {f"final.{k}" if k in drawn else k: v for k, v in record.metrics.items()}
         _send(client, run_id, [{"step": 0, "t": time.time(), **final, **perf}], seen)
         tags = {"forja.code": record.code, "forja.digest": digest(diary)}
-        if (root / "artifacts" / run["stage"] / RECORD).is_file() and digest(root / "artifacts" / run["stage"]) == (
-            tags["forja.digest"]
-        ):
+        tags |= {"forja.weights": record.files[WEIGHTS]} if WEIGHTS in record.files else {}
+        out = root / "artifacts" / run["stage"]
+        if (out / RECORD).is_file() and digest(out) == tags["forja.digest"]:
             tags["forja.dvc_out"] = dvc.out_hash(root, run["stage"]) or ""
+            for name in EVIDENCE.get(run["stage"], ()):
+                if (out / name).is_file():
+                    client.log_artifact(run_id, str(out / name))
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
     else:
