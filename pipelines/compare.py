@@ -303,6 +303,11 @@ def _notes(runs: list[Recorded]) -> list[str]:
             notes.append(f"{letter}: another SFT model than A's, so reward gained and KL are each over its own")
         if "reward" in models:
             notes.append(f"{letter}: another reward model than A's, so rewards are not on one scale")
+        judges = [str(r.params.get("ppo.judge", "model")) for r in (first, run)]
+        if judges[0] != judges[1]:
+            notes.append(
+                f"{letter}: its judge is {judges[1]}, A's is {judges[0]}: the curves of reward are not on one scale"
+            )
         codes = [r.stages["evaluate"].code for r in (first, run) if "evaluate" in r.stages]
         if len(set(codes)) > 1:
             notes.append(f"{letter}: evaluated by other code than A, so a metric may be computed otherwise")

@@ -120,6 +120,11 @@ def test_what_can_not_be_compared_says_why() -> None:
     judged.stages["reward"] = judged.stages["reward"]._replace(run_id="x", digest="x", weights="x")
     assert why(judged) == "not comparable: another reward model"
     assert difference(a, judged, "ppo.kl")["value"] == 0  # which no reward model measures
+    assert compare.compare([a, judged])["notes"] == [
+        "B: another reward model than A's, so rewards are not on one scale"
+    ]
+    counted = compare.compare([a, made("b", ROWS, {"ppo.judge": "calculator"})])["notes"]
+    assert counted == ["B: its judge is calculator, A's is model: the curves of reward are not on one scale"]
     hotter = made("b", ROWS, {"evaluate.temperature": 0.7})
     assert why(hotter) == "not comparable: evaluate.temperature is 1.0 and 0.7"
     assert why(made("b", [])) == "not comparable: no rows recorded"
@@ -163,7 +168,7 @@ def three() -> dict[str, Any]:
     """PPO, DPO without a KL curve, and a run that failed before it was evaluated."""
     ppo = made("p", [gain(i, 1.0, "<script>alert(1)</script>\u202e") for i in range(12)])
     dpo = made("d", [gain(i, 2.0) for i in range(12)], {"ppo.algorithm": "dpo"}, curves={"val_reward": [(5.0, 1.0)]})
-    dpo.stages["ppo"].metrics.update({"margin": 0.7})
+    dpo.stages["ppo"].metrics.update({"margin": 0.7})  # which PPO does not know
     dpo = dpo._replace(gates=[FAILS], state="held", reason="not promoted: small")
     stages = {"sft": dpo.stages["sft"]}
     failed = made("f", [], state="failed", reason="ppo: [no] memory", stages=stages, gates=[], curves={})
@@ -336,8 +341,24 @@ def test_runs_that_did_not_end_well_are_marked(root: Path, registry: Registry) -
     assert states == {"promoted", "held", "failed", "running"}
 
 
+def test_what_was_replayed_under_a_run_is_not_its_own(root: Path, registry: Registry) -> None:
+    """Results that an earlier run could not report are sent under the next one, whatever its recipe."""
+    client, tags = registry.client, {"forja.recipe": "mixed"}
+    parent = client.create_run(registry.experiment, run_name="mixed", tags=tags)
+    made = {}
+    for said in ("failed", "own", "replayed"):
+        more = {"mlflow.parentRunId": parent.info.run_id, "forja.stage": "sft"}
+        more |= {"forja.replayed": "true"} if said == "replayed" else {}
+        made[said] = client.create_run(registry.experiment, tags=more).info.run_id
+        client.set_terminated(made[said], "FAILED" if said == "failed" else "FINISHED")
+    assert recorded.read(registry, "mixed").stages["sft"].run_id == made["own"]
+    client.set_tag(parent.info.run_id, "forja.cached.sft", made["replayed"])
+    stage = recorded.read(registry, "mixed").stages["sft"]
+    assert (stage.run_id, stage.cached) == (made["replayed"], True)
+
+
 def test_a_wrong_name_is_told_with_those_that_are_right(root: Path, registry: Registry) -> None:
-    with pytest.raises(ForjaError, match=r"nothing: no alias.*aliases champion; versions .*recipes toy"):
+    with pytest.raises(ForjaError, match=r"nothing: no alias.*aliases champion; versions .*recipes .*toy"):
         registry.find("nothing")
     with pytest.raises(ForjaError, match="forja version 2: promoted by hand"):
         registry.find("2")
