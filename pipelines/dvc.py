@@ -56,14 +56,18 @@ def inputs_of(root: Path, stage: str) -> dict[str, Path]:
 
 
 def source_of(root: Path, stage: str, config: dict[str, Any]) -> dict[str, Path]:
-    """{key: where it lies} of the model or tokenizer that the stage's section names outside the chain; fetched if it
-    lies on a hub.
+    """{key: where it lies} of the model, tokenizer or function that the stage's section names outside the chain;
+    fetched if it lies on a hub.
 
-    Of a tokenizer, the file. Empty for a stage that names none.
+    Of a tokenizer or a function, the file. Empty for a stage that names none.
     """
     key = SOURCES.get(stage, "")
     named = config.get(key)
     if not named or key == "decontaminate":
+        return {}
+    if key == "judge":
+        named = named.rpartition(":")[0]  # FILE.py:FUNCTION; without a file it is the reward model, or forja's own
+    if not named:
         return {}
     path = fetch(named, root)
     if key == "tokenizer" and path.is_dir():
@@ -74,8 +78,8 @@ def source_of(root: Path, stage: str, config: dict[str, Any]) -> dict[str, Path]
 
 
 def outside(root: Path, stage: str, config: dict[str, Any]) -> dict[str, str]:
-    """{key: identity of the bytes} of what the stage's section names outside the chain: a tokenizer, a model, or the
-    sets that must not be trained on, of which only files that changed are read."""
+    """{key: identity of the bytes} of what the stage's section names outside the chain: a tokenizer, a model, a
+    function, or the sets that must not be trained on, of which only files that changed are read."""
     if SOURCES.get(stage) == "decontaminate" and config.get("decontaminate"):
         from pipelines import source_files
 

@@ -28,7 +28,7 @@ MODULES = {
 }
 STAGES = [name for name in MODULES if name != "ingest"]
 # The key of a stage's section that may name files outside the chain: the bytes they hold are part of its identity.
-SOURCES = {"validate": "decontaminate", "tokenize": "tokenizer", "pretrain": "init"}
+SOURCES = {"validate": "decontaminate", "tokenize": "tokenizer", "pretrain": "init", "ppo": "judge"}
 
 
 class Module(NamedTuple):

@@ -45,7 +45,10 @@ def _asked(origin: Origin, asked: list[questions.Question], seed: int) -> dict[s
             _row(origin, q, "preference", messages=q.messages, chosen=q.first, rejected=rejected, kind=kind)
             for q, kind, rejected in questions.preferences(asked, seed)
         ),
-        "prompts": (_row(origin, q, "prompt", messages=q.messages) for q in _one_an_object(asked, seed)),
+        "prompts": (
+            _row(origin, q, "prompt", messages=q.messages, **({} if q.truth is None else {"truth": q.truth}))
+            for q in _one_an_object(asked, seed)
+        ),
     }
 
 

@@ -56,6 +56,7 @@ class Question(NamedTuple):
     words: frozenset[str]  # of `about`: two questions that share none are easily told apart
     messages: list[Message]  # the user's turn
     answer: list[Message]  # what follows it: the answer, or call, result and answer
+    truth: str | None = None  # by which an answer can be checked
 
     @property
     def first(self) -> Message:
@@ -115,6 +116,7 @@ def of_problems(found: list[problems.Problem]) -> list[Question]:
                 _words(problem.expression),
                 [user],
                 answer,
+                problem.result,
             )
         )
     return asked

@@ -104,6 +104,8 @@ def _preferences(row: Row) -> None:
 def _prompts(row: Row) -> None:
     if _dialogue(row)["role"] == "assistant":
         raise Unfit("roles: the dialogue ends before the assistant's turn")
+    if "truth" in row:
+        _string(row, "truth")
 
 
 def _eval(row: Row) -> None:

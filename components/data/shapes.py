@@ -91,12 +91,20 @@ def no_shape(value: Any) -> str:
 def rows(shape: Shape, value: Any) -> Rows:
     """What the record becomes. Raises Unfit with the reason where it does not fit the shape."""
     try:
-        return SHAPES[shape](value)
+        return _with_truth(SHAPES[shape](value), value)
     except Unfit:
         same = _readable(value) if isinstance(value, dict) else value
         if same == value:
             raise
-    return SHAPES[shape](same)
+    return _with_truth(SHAPES[shape](same), same)
+
+
+def _with_truth(found: Rows, value: Any) -> Rows:
+    """A prompt keeps what the record gives as its truth, a text or a number."""
+    truth = value.get("truth") if isinstance(value, dict) else None
+    if isinstance(truth, bool) or not isinstance(truth, str | int | float):
+        return found
+    return [(table, fields | {"truth": str(truth)} if table == "prompts" else fields) for table, fields in found]
 
 
 def fitted(shape: Shape, value: Any) -> tuple[Shape, Rows]:
@@ -121,15 +129,23 @@ def to_table(table: str, fields: dict[str, Any], wanted: str) -> tuple[str, dict
         return wanted, {"text": _as_text(table, fields)}
     if table in ("instructions", "prompts", "preferences"):
         messages = fields["messages"]
+        if wanted == "prompts" and table == "instructions":  # the answer that it had is what it can be checked by
+            return wanted, {"messages": messages[:-1]} | _truth(messages[-1]["content"])
         if wanted == "prompts":
-            return wanted, {"messages": messages[:-1] if table == "instructions" else messages}
+            return wanted, {"messages": messages}
         if wanted == "instructions" and "chosen" in fields:
             return wanted, {"messages": [*messages, fields["chosen"]]}
     if table == "eval" and wanted in ("instructions", "prompts"):
         asked = [{"role": "user", "content": fields["question"]}]
-        answer = {"role": "assistant", "content": fields["choices"][fields["answer"]]}
-        return wanted, {"messages": asked if wanted == "prompts" else [*asked, answer]}
+        right = fields["choices"][fields["answer"]]
+        if wanted == "prompts":
+            return wanted, {"messages": asked} | _truth(right)
+        return wanted, {"messages": [*asked, {"role": "assistant", "content": right}]}
     raise Unfit(f"table: a row of {table} does not hold what {wanted} needs")
+
+
+def _truth(text: str) -> dict[str, str]:
+    return {"truth": text} if text.strip() else {}
 
 
 def _as_text(table: str, fields: dict[str, Any]) -> str:

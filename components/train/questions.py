@@ -1,7 +1,8 @@
 """The prompts that a policy learns to answer, and how it answers the held-out ones as it goes on."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,52 @@ from components.train.reward import score
 from components.train.rl import repetition
 
 EVALUATIONS = "evaluations.jsonl"
-Question = dict[str, Any]  # "prompt" and its tokens, "ids"
+Question = dict[str, Any]  # "prompt" and its tokens, "ids"; "truth" where it has one
+Judge = Callable[[Sequence[Question], Sequence[list[int]]], Tensor]  # the score [N] of an answer to each question
 
 
-def questions(tokenizer: Tokenizer, path: Path, prompts: dict, longest: int) -> tuple[dict[str, list[Question]], int]:
-    """The prompts of each split, and how many are left out because they are longer than `longest` tokens.
+def questions(
+    tokenizer: Tokenizer, path: Path, prompts: dict, longest: int, truth: bool = False
+) -> tuple[dict[str, list[Question]], Counter[str]]:
+    """The prompts of each split, and how many are left out for what: `long`er than `longest` tokens, or without a
+    `truth` where that is wanted.
 
     Raises ForjaError where none is left to learn from or none to measure by.
     """
     out: dict[str, list[Question]] = {"train": [], "val": [], "test": []}
-    dropped = 0
+    dropped: Counter[str] = Counter()
     for row in rows(path):
         ids = encode_prompt(tokenizer, row["messages"], prompts[row["lang"]])
-        if len(ids) <= longest:
-            out[row["split"]].append({"prompt": row["messages"][-1]["content"], "ids": ids})
+        if truth and "truth" not in row:
+            dropped["truth"] += 1
+        elif len(ids) > longest:
+            dropped["long"] += 1
         else:
-            dropped += 1
+            known = {"truth": row["truth"]} if "truth" in row else {}
+            out[row["split"]].append({"prompt": row["messages"][-1]["content"], "ids": ids} | known)
     if not out["train"] or not out["val"]:
+        untold = f", and {dropped['truth']} have no truth, which ppo.judge needs" if truth else ""
         raise ForjaError(
-            f"{path}: {len(out['train'])} training and {len(out['val'])} held-out prompts fit, and {dropped} are "
-            f"longer than the {longest} tokens that max_new_tokens leaves of the context; lower it, or add prompts"
+            f"{path}: {len(out['train'])} training and {len(out['val'])} held-out prompts fit{untold}, and "
+            f"{dropped['long']} are longer than the {longest} tokens that max_new_tokens leaves of the context; "
+            "lower it, or add prompts"
         )
     return out, dropped
 
 
-def evaluated(
-    model: GPT, reward: GPT, heldout: Sequence[Question], marks: tuple[int, int], new: int, few: int
-) -> dict[str, Any]:
+def evaluated(model: GPT, judge: Judge, heldout: Sequence[Question], end: int, new: int, few: int) -> dict[str, Any]:
     """Greedy answers of up to `new` tokens: their mean reward and repetition, and the first `few` with their own."""
-    pad, end = marks
-    asked = [row["ids"] for row in heldout]
-    answers = generate(model, asked, max_new_tokens=new, stop=end)
-    scores = sound(score(reward, [p + a for p, a in zip(asked, answers, strict=True)], pad))
+    answers = generate(model, [row["ids"] for row in heldout], max_new_tokens=new, stop=end)
+    scores = judge(heldout, answers)
     measured = {"reward": float(scores.mean()), "repetition": repetition(answers)}
     return measured | {"answers": answers[:few], "scores": scores[:few].tolist()}
+
+
+def by_model(reward: GPT, pad: int) -> Judge:
+    """The reward model's verdict."""
+    return lambda asked, answers: sound(
+        score(reward, [q["ids"] + list(a) for q, a in zip(asked, answers, strict=True)], pad)
+    )
 
 
 def sound(scores: Tensor) -> Tensor:

@@ -53,6 +53,19 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages
 
 
+def group_advantages(scores: Tensor, groups: Tensor) -> tuple[Tensor, float]:
+    """(S - mean) / deviation of each score [N] among those of its group, which are equally many (Shao et al. 2024,
+    section 4.1.2). Where all of a group are equal, each is 0: none of them says what is better. And the share of these.
+    """
+    order = groups.argsort(stable=True)
+    each = scores[order].view(int(groups.unique().numel()), -1)
+    centred = each - each.mean(1, keepdim=True)
+    alike = each.amax(1, keepdim=True) == each.amin(1, keepdim=True)
+    out = centred / each.std(1, correction=0, keepdim=True).clamp(min=1e-8)
+    out = torch.empty_like(scores).index_copy(0, order, out.masked_fill(alike, 0.0).flatten())
+    return out, float(alike.float().mean())
+
+
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """x with mean 0 and deviation 1 over the valid entries, 0 elsewhere. One entry, or all equal, gives zeros."""
     valid = x[mask]

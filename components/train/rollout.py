@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,17 +12,18 @@ from torch import Tensor
 from components.model.checkpoint import default_device as device
 from components.model.generate import generate
 from components.model.gpt import GPT
+from components.model.lora import without
 from components.model.losses import pad_right, picked_logprobs
 from components.train import rl
 from components.train.loop import Keeping
-from components.train.questions import sound
-from components.train.reward import score
+from components.train.questions import Judge, Question
 
 
 class Answering(Keeping, frozen=True, extra="forbid"):
     """What a recipe says of its rollouts."""
 
-    batch: int = Field(ge=2)  # prompts of a rollout
+    batch: int = Field(ge=1)  # prompts of a rollout
+    group: int = Field(ge=1)  # answers to each
     minibatches: int = Field(ge=1)
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(gt=0)
@@ -35,9 +37,10 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, T] prompt and answer, padded behind
     mask: Tensor  # [N, T-1] True where the token is the policy's own
     logprobs: Tensor  # [N, T-1] of the policy as it sampled
-    kl: Tensor  # [N, T-1] an estimate of the divergence from the frozen SFT model
+    reference: Tensor  # [N, T-1] log-probabilities of the frozen SFT model
     values: Tensor  # [N, T-1] the return the value model expects before the token
-    scores: Tensor  # [N] of the reward model, or the penalty for an answer that never ended
+    scores: Tensor  # [N] of the judge, or the penalty for an answer that never ended
+    groups: Tensor  # [N] the number of the prompt that it answers
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,34 +62,37 @@ def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 def roll_out(
     policy: GPT,
-    reference: GPT,
-    value: GPT,
-    reward: GPT,
-    prompts: Sequence[list[int]],
+    reference: GPT | None,
+    value: GPT | None,
+    judge: Judge,
+    asked: Sequence[Question],
     marks: tuple[int, int],
     cfg: Answering,
     seed: int,
     micro: int,
 ) -> tuple[Rollout, dict[str, float]]:
-    """Steps 1 and 2: an answer to each prompt, and what the four models make of it."""
+    """Steps 1 and 2: cfg.group answers to each question, and what the others make of them."""
     pad, end = marks
     started = time.perf_counter()
+    several = [(i, question) for i, question in enumerate(asked) for _ in range(cfg.group)]
+    prompts = [question["ids"] for _, question in several]
     answers = generate(
         policy, prompts, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=cfg.temperature, seed=seed
     )
     sampled = time.perf_counter()
     # In the order of length, so that a minibatch holds like lengths and little padding.
-    both = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-    sequences = [p + a for p, a in both]
+    order = sorted(range(len(several)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    several, answers = [several[i] for i in order], [answers[i] for i in order]
+    sequences = [question["ids"] + answer for (_, question), answer in zip(several, answers, strict=True)]
     ids = pad_right(sequences, pad, device())
     position = torch.arange(1, ids.shape[1], device=ids.device)
-    first = torch.tensor([len(p) for p, _ in both], device=ids.device)[:, None]
+    first = torch.tensor([len(question["ids"]) for _, question in several], device=ids.device)[:, None]
     last = torch.tensor([len(s) for s in sequences], device=ids.device)[:, None]
     mask = (position >= first) & (position < last)
 
     logprobs, reference_logprobs, values, entropy = read(policy, reference, value, ids, mask, cfg, micro)
-    finished = torch.tensor([a[-1] == end for _, a in both], device=ids.device)
-    scores = sound(score(reward, sequences, pad)).to(ids.device)
+    finished = torch.tensor([answer[-1] == end for answer in answers], device=ids.device)
+    scores = judge([question for _, question in several], answers).to(ids.device)
     scores = torch.where(finished, scores, torch.full_like(scores, cfg.unfinished))
     kl = rl.kl_estimate(logprobs, reference_logprobs, cfg.kl_estimator)
     metrics = {
@@ -100,14 +106,16 @@ def roll_out(
         "perf/rollout_s": sampled - started,
         "perf/scoring_s": time.perf_counter() - sampled,
     }
-    return Rollout(ids, mask, logprobs, kl, values, scores), metrics
+    groups = torch.tensor([i for i, _ in several], device=ids.device)
+    return Rollout(ids, mask, logprobs, reference_logprobs, values, scores, groups), metrics
 
 
 @torch.no_grad()
 def read(
-    policy: GPT, reference: GPT, value: GPT, ids: Tensor, mask: Tensor, cfg: Answering, micro: int
+    policy: GPT, reference: GPT | None, value: GPT | None, ids: Tensor, mask: Tensor, cfg: Answering, micro: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """log pi, log ref and V at each token of the answers [N, T-1], and the summed entropy of pi there.
+    """log pi, log ref and V at each token of the answers [N, T-1], and the summed entropy of pi there. Without a
+    reference it is the policy without its adapters; without a value model V is 0.
 
     Read in the update's own pieces, of `micro` rows, and in its own precision, so that the first ratio is exactly 1.
     """
@@ -122,7 +130,9 @@ def read(
             spread = torch.log_softmax(logits, dim=-1)
             entropy -= float((spread.exp() * spread).sum())
             logprobs[part, :width] = answer_logprobs(logits, chunk, own)
-            known = tempered(reference(chunk[:, :-1], at=own), cfg.temperature)
+            with without(policy) if reference is None else nullcontext():
+                known = tempered((reference or policy)(chunk[:, :-1], at=own), cfg.temperature)
             ref[part, :width] = answer_logprobs(known, chunk, own)
-            values[part, :width] = value(chunk[:, :-1]).float()
+            if value is not None:
+                values[part, :width] = value(chunk[:, :-1]).float()
     return logprobs, ref, values, entropy

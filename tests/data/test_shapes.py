@@ -457,14 +457,24 @@ def test_a_record_of_another_shape_than_its_file(shape: str, value: Any, own: st
         fitted(shape, value)
 
 
+@pytest.mark.parametrize(("truth", "kept"), [("42", "42"), (42, "42"), (0.5, "0.5"), (True, None), (None, None)])
+def test_a_prompt_keeps_its_truth(truth: Any, kept: str | None) -> None:
+    want = {"messages": [u("6 * 7?")]} | ({} if kept is None else {"truth": kept})
+    assert rows("prompt", {"prompt": "6 * 7?", "truth": truth}) == [("prompts", want)]
+    assert rows("chat", {"messages": [u("6 * 7?")], "truth": truth}) == [("prompts", want)]
+    ((_, other),) = rows("alpaca", {"instruction": "6 * 7?", "output": "42", "truth": truth})
+    assert "truth" not in other
+
+
 def test_rows_move_to_another_table_where_their_parts_allow() -> None:
     said, pair = (
         {"messages": [u("p"), a("c")]},
         {"messages": [u("p")], "chosen": a("y"), "rejected": a("n"), "kind": "wrong"},
     )
-    assert to_table("instructions", said, "prompts") == ("prompts", {"messages": [u("p")]})
+    assert to_table("instructions", said, "prompts") == ("prompts", {"messages": [u("p")], "truth": "c"})
     assert to_table("preferences", pair, "instructions") == ("instructions", {"messages": [u("p"), a("y")]})
     assert to_table("preferences", pair, "prompts") == ("prompts", {"messages": [u("p")]})
+    assert to_table("eval", CHOICE, "prompts") == ("prompts", {"messages": [u("Which?")], "truth": "b"})
     assert to_table("eval", CHOICE, "instructions") == ("instructions", {"messages": [u("Which?"), a("b")]})
     assert to_table("instructions", said, "corpus") == ("corpus", {"text": "p\n\nc"})
     with pytest.raises(Unfit, match="a row of corpus does not hold what prompts needs"):

@@ -14,6 +14,7 @@ OUTSIDE = {
     "validate": ["decontaminate"],
     "tokenize": ["tokenizer"],
     "pretrain": ["init"],
+    "ppo": ["judge"],
 }  # keys that may name bytes outside the chain
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 

@@ -30,9 +30,12 @@ def test_stale_when_the_bytes_change(checkout: Path, fake: object) -> None:
         "validate": section(decontaminate=["held-out.jsonl"]),
         "pretrain": section(init="model"),
         "tokenize": section(tokenizer=str(model)),
+        "ppo": section(judge="rules.py:right"),
     }
+    (checkout / "rules.py").write_text("right = lambda prompt, answer, truth: 1.0\n")
     held = dvc.sources(checkout, params(**changes))
-    assert dvc.sources(checkout, params()) == {"decontaminate": None, "tokenizer": None, "init": None}
+    assert dvc.sources(checkout, params()) == dict.fromkeys(identity.SOURCES.values())
+    assert dvc.sources(checkout, params(ppo=section(judge="right_number")))["judge"] is None
     code = identity.code_hashes(checkout)
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     (checkout / "data.dvc").write_text("outs: [{md5: data.dir, path: data}]\n")
@@ -59,6 +62,10 @@ def test_stale_when_the_bytes_change(checkout: Path, fake: object) -> None:
     assert dvc.outside(checkout, "validate", changes["validate"]) != held_sets
     held_out.write_text('{"question": "Who?", "choices": ["a", "b"], "answer": 0}\n')
     assert dvc.outside(checkout, "validate", changes["validate"]) == held_sets
+    assert stale() == {}
+    (checkout / "rules.py").write_text("right = lambda prompt, answer, truth: 0.0\n")
+    assert stale()["ppo"] == ["what ppo.judge names changed"]
+    (checkout / "rules.py").write_text("right = lambda prompt, answer, truth: 1.0\n")
     assert stale() == {}
     before = dvc.identify(checkout, "pretrain", changes["pretrain"], "c")
     (model / "model.safetensors").write_bytes(b"two")

@@ -23,7 +23,7 @@ SHAPE = {
 }
 TEMPLATES = {"en": {"user": "Q: {content}\n", "assistant": "A:"}}
 RECIPE = ppo.Config(
-    algorithm="ppo",
+    **{"algorithm": "ppo", "judge": "model", "lora": None, "group": 1},
     **{"lr": 3e-4, "matrix_lr": None, "schedule": "wsd", "lr_floor": 0.1, "warmup": 0, "decay": 0.5},
     **{"weight_decay": 0.0, "beta2": 0.95, "clip": 1.0, "ema": None, "precision": "fp32"},
     **{"seed": 3, "steps": 4, "batch": 8, "eval_every": 2, "save_every": 2, "keep": "last"},
@@ -33,11 +33,12 @@ RECIPE = ppo.Config(
 )
 
 
-def prompts(texts: list[tuple[str, str]]) -> str:
-    """prompts.jsonl of (split, question)."""
+def prompts(texts: list[tuple[str, ...]]) -> str:
+    """prompts.jsonl of (split, question), or (split, question, truth)."""
     rows = (
         {"id": str(i), "lang": "en", "split": split, "messages": [{"role": "user", "content": text}]}
-        for i, (split, text) in enumerate(texts)
+        | ({"truth": truth[0]} if truth else {})
+        for i, (split, text, *truth) in enumerate(texts)
     )
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -73,10 +74,22 @@ def folders(root: Path) -> dict[str, Path]:
     return made
 
 
-def train(made: dict[str, Path], root: Path, log: Any = silent, **changes: Any) -> tuple[dict[str, float], Path]:
-    """The metrics and the folder of one PPO by RECIPE with `changes`."""
+# What GRPO's recipe says otherwise.
+GRPO = {"algorithm": "grpo", "kl_estimator": "k3", "batch": 4, "group": 4}
+
+
+def train(
+    made: dict[str, Path],
+    root: Path,
+    log: Any = silent,
+    judge: Path | None = None,
+    judge_name: str = "model",
+    **changes: Any,
+) -> tuple[dict[str, float], Path]:
+    """The metrics and the folder of one PPO by RECIPE with `changes`; `judge` is the file of the function that judges,
+    where `judge_name` is in one."""
+    cfg = ppo.Config.model_validate(RECIPE.model_dump() | {"judge": judge_name} | changes)
     out, scratch = root / "out", root / "scratch"
     out.mkdir(parents=True)
     scratch.mkdir(exist_ok=True)
-    cfg = ppo.Config.model_validate(RECIPE.model_dump() | changes)
-    return ppo.run(cfg, made["validate"], made["sft"], made["reward"], out, scratch, log), out
+    return ppo.run(cfg, made["validate"], made["sft"], made["reward"], out, scratch, log, judge), out

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import RECIPE, folders, prompts, train
+from small import GRPO, RECIPE, folders, prompts, train
 
 from components.artifact import ForjaError
 from components.data.chat import SEPARATOR, special
@@ -22,9 +22,11 @@ from components.model.checkpoint import load
 from components.model.gpt import GPT
 from components.train import ppo, rollout
 from components.train import questions as held
-from components.train.questions import evaluated, questions
+from components.train.questions import by_model, evaluated, questions
 
 HERE = Path(__file__).parent
+ALGORITHMS = ["ppo", "grpo"]
+LORA = {"rank": 2, "alpha": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,12 @@ def told(made: dict[str, Path], tmp_path: Path) -> tuple[list[dict[str, float]],
     return rows, metrics, out
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def finite(folder: Path) -> bool:
-    return all(bool(torch.isfinite(w).all()) for w in load_file(folder / "model.safetensors").values())
+    return all(bool(torch.isfinite(w).all()) for w in weights(folder).values())
 
 
 def close(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> None:
@@ -53,7 +59,19 @@ def close(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"precision": "bf16"}, {"temperature": 0.7}, {"micro": 1}, {"micro": 2, "batch": 16}], ids=str
+    "changes",
+    [
+        {},
+        {"precision": "bf16"},
+        {"temperature": 0.7},
+        {"micro": 1},
+        {"micro": 2, "batch": 16},
+        GRPO,
+        GRPO | {"precision": "bf16", "micro": 2},
+        {"lora": LORA},
+        GRPO | {"lora": LORA, "temperature": 0.7},
+    ],
+    ids=str,
 )
 def test_the_first_look_at_a_rollout_changes_nothing(
     changes: dict[str, Any], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +100,7 @@ def test_sampler_and_trainer_agree_on_log_probabilities(made: dict[str, Path]) -
     table, dropped = questions(tokenizer, made["validate"] / "prompts.jsonl", templates, 40)
     asked = sorted((row["ids"] for row in table["train"]), key=len)
     said = generate.answers(policy, asked, max_new_tokens=24, stop=end, temperature=1.0, seed=5, logprobs=True)
-    assert dropped == 0 and len({len(a.ids) for a in said}) > 2  # of several lengths, so that there is padding
+    assert not dropped and len({len(a.ids) for a in said}) > 2  # of several lengths, so that there is padding
     sequences = [p + a.ids for p, a in zip(asked, said, strict=True)]
     ids = torch.full((len(asked), max(map(len, sequences))), special(tokenizer, SEPARATOR))
     mask = torch.zeros(len(asked), ids.shape[1] - 1, dtype=torch.bool)
@@ -108,13 +126,15 @@ def test_at_a_temperature_the_policy_is_what_is_sampled_from(made: dict[str, Pat
     assert entropy == pytest.approx(-sum(w / total * math.log(w / total) for w in weights), abs=1e-4)
 
 
+@pytest.mark.parametrize("changes", [{}, GRPO | {"steps": 3}], ids=ALGORITHMS)
 def test_micro_batches_change_nothing(
-    told: tuple, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, _, out = told
+    rows: list[dict[str, float]] = []
+    _, out = train(made, tmp_path / "whole", lambda row, _: rows.append(dict(row)), **changes)
     monkeypatch.setenv("FORJA_MICRO_BATCH", "1")
     again: list[dict[str, float]] = []
-    _, other = train(made, tmp_path / "micro", lambda row, _: again.append(dict(row)))
+    _, other = train(made, tmp_path / "micro", lambda row, _: again.append(dict(row)), **changes)
     close(again, rows)
     for name, weight in load_file(other / "model.safetensors").items():
         torch.testing.assert_close(weight, load_file(out / "model.safetensors")[name], atol=1e-5, rtol=0)
@@ -143,13 +163,28 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("place", "call"), [("generate", 3), ("read", 3), ("rl.policy_loss", 10), ("rl.value_loss", 11)]
+    ("place", "call", "changes"),
+    [
+        ("generate", 3, {}),
+        ("read", 3, {}),
+        ("rl.policy_loss", 10, {}),
+        ("rl.value_loss", 11, {}),
+        ("generate", 3, GRPO),
+        ("rl.policy_loss", 10, GRPO),
+        ("rl.policy_loss", 11, GRPO | {"lora": LORA, "kl_target": 1.0}),
+    ],
+    ids=str,
 )
 def test_killed_inside_a_rollout_or_an_update(
-    place: str, call: int, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    call: int,
+    changes: dict[str, Any],
+    made: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the third rollout, behind the checkpoint of the second: the same command ends in the undisturbed bytes."""
-    settings = {"keep": "best", "eval_every": 1, "lr": 1e-2}
+    settings = {"keep": "best", "eval_every": 1, "lr": 1e-2} | changes
     metrics, whole = train(made, tmp_path / "whole", **settings)
     where = ppo.rl if place.startswith("rl.") else rollout
     name = place.removeprefix("rl.")
@@ -183,7 +218,8 @@ def test_the_best_held_out_step_is_what_goes_on(made: dict[str, Path], tmp_path:
     marks = special(tokenizer, SEPARATOR), stop(tokenizer, templates)
     table, _ = questions(tokenizer, made["validate"] / "prompts.jsonl", templates, 56)
     heldout = table["val"][: RECIPE.val_rows]
-    again = evaluated(policy, load(made["reward"]).model, heldout, marks, RECIPE.max_new_tokens, 0)
+    scored = by_model(load(made["reward"]).model, marks[0])
+    again = evaluated(policy, scored, heldout, marks[1], RECIPE.max_new_tokens, 0)
     assert again["reward"] == pytest.approx(metrics["val_reward"], abs=1e-5)
 
 
@@ -212,40 +248,50 @@ def test_a_budget_wants_the_best_step() -> None:
         ppo.Config.model_validate(RECIPE.model_dump() | {"kl_budget": 5.0})
 
 
-@pytest.mark.parametrize(("where", "said"), [(rollout, "1 of 8"), (held, "1 of 4")], ids=["rollout", "held-out"])
+@pytest.mark.parametrize("changes", [{}, GRPO], ids=ALGORITHMS)
+@pytest.mark.parametrize("held_out", [False, True])
 def test_one_reward_that_is_nan_ends_the_training(
-    where: Any, said: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: bool, changes: dict[str, Any], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored = rollout.score
+    """At the first evaluation of 4 prompts, or at the first rollout."""
+    scored = held.score
 
     def one_nan(model: GPT, sequences: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
         scores = scored(model, sequences, pad)
-        scores[3] = math.nan
+        if held_out or len(sequences) != 4:
+            scores[3] = math.nan
         return scores
 
-    monkeypatch.setattr(where, "score", one_nan)
-    with pytest.raises(ForjaError, match=f"reward of {said} answers is NaN"):
-        train(made, tmp_path)
+    monkeypatch.setattr(held, "score", one_nan)
+    many = 4 if held_out else 16 if changes else 8
+    with pytest.raises(ForjaError, match=f"reward of 1 of {many} answers is NaN"):
+        train(made, tmp_path, **changes)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("changes", [{}, GRPO], ids=ALGORITHMS)
 def test_rewards_that_are_all_equal_are_said_and_harm_nothing(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollout, "score", lambda model, sequences, pad: torch.full((len(sequences),), -1.0))
-    metrics, out = train(made, tmp_path)
+    monkeypatch.setattr(held, "score", lambda model, sequences, pad: torch.full((len(sequences),), -1.0))
+    metrics, out = train(made, tmp_path, **changes)
     assert finite(out) and metrics["reward_deviation"] == 0
     assert {"equal", "unfinished"} & {a["alarm"] for a in json.loads((out / "alarms.json").read_text())}
+    if changes:  # nothing is better than anything: no weight has moved
+        assert metrics["equal_groups"] == 1 and metrics["kl"] == 0 and "loss" not in metrics
+        assert weights(out).keys() == weights(made["sft"]).keys()
+        assert all(torch.equal(w, weights(made["sft"])[n]) for n, w in weights(out).items())
 
 
+@pytest.mark.parametrize("changes", [{}, GRPO], ids=ALGORITHMS)
 def test_empty_answers_and_a_single_prompt(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every answer is the token that ends it, and there is one prompt to learn from and one to measure by."""
     monkeypatch.setattr(rollout, "generate", lambda model, asked, stop, **_: [[stop]] * len(asked))
     asked = [("train", "count"), ("val", "count"), ("train", "long " * 60)]
-    metrics, out = train(table(made, tmp_path, asked), tmp_path)
-    assert finite(out) and metrics["length"] == 1 and metrics["dropped"] == 1
+    metrics, out = train(table(made, tmp_path, asked), tmp_path, **changes)
+    assert finite(out) and metrics["length"] == 1 and metrics["dropped"] == metrics["dropped.long"] == 1
     assert metrics["unfinished"] == 0 and metrics["repetition"] == 0
 
 
@@ -260,7 +306,44 @@ def test_answers_as_long_as_the_context_leave_no_room(made: dict[str, Path], tmp
         train(made, tmp_path, max_new_tokens=64)
 
 
-def table(made: dict[str, Path], root: Path, asked: list[tuple[str, str]]) -> dict[str, Path]:
+def test_settings_that_do_not_go_together() -> None:
+    wrong = {
+        "grpo and group 1": {"algorithm": "grpo", "kl_estimator": "k3"},
+        "ppo and group 2": {"group": 2},
+        "kl_estimator k1": GRPO | {"kl_estimator": "k1"},
+        "2 answers at least": {"batch": 1},
+        "matrix_lr null": {"lora": LORA, "matrix_lr": 0.02},
+    }
+    for said, changes in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            ppo.Config.model_validate(RECIPE.model_dump() | changes)
+
+
+def test_adapters_learn_beside_a_base_that_is_the_reference(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as with a frozen copy of SFT beside the adapted policy, and nothing but adapters has moved."""
+    rows: list[dict[str, float]] = []
+    _, out = train(made, tmp_path / "shared", lambda row, _: rows.append(dict(row)), lora=LORA, lr=1e-2)
+    own = ppo.roll_out
+
+    def with_a_copy(policy: GPT, reference: GPT | None, *more: Any, **keywords: Any) -> Any:
+        assert reference is None
+        return own(policy, load(made["sft"]).model, *more, **keywords)
+
+    monkeypatch.setattr(ppo, "roll_out", with_a_copy)
+    _, other = train(made, tmp_path / "copied", lora=LORA, lr=1e-2)
+    assert rows[-1]["kl"] != 0
+    before, after = weights(made["sft"]), weights(out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
+    assert before.keys() == after.keys()  # merged
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("blocks.") and before[name].dim() == 2 for name in moved)
+    change = next(after[name] - before[name] for name in moved)
+    assert torch.linalg.matrix_rank(change, tol=1e-5) <= LORA["rank"]
+
+
+def table(made: dict[str, Path], root: Path, asked: list[tuple[str, ...]]) -> dict[str, Path]:
     """The same folders with other prompts."""
     folder = root / "validate"
     folder.mkdir()

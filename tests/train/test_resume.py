@@ -40,7 +40,8 @@ RLHF = {
     "gamma": 1.0,
 }
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
-RLHF |= {"algorithm": "ppo", "kl_estimator": "k1", "kl_budget": 50.0, "keep": "best"}
+RLHF |= {"algorithm": "ppo", "judge": "model", "lora": None, "group": 1}
+RLHF |= {"kl_estimator": "k1", "kl_budget": 50.0, "keep": "best"}
 SFT = {"long": "cut", "keep": "best"}
 CONFIGS = {
     pretrain: pretrain.Config(
@@ -61,6 +62,9 @@ CONFIGS = {
 }
 
 
+GRPO = {"algorithm": "grpo", "judge": "right_number", "batch": 2, "group": 2, "kl_estimator": "k3"}
+
+
 def name_of(stage: ModuleType) -> str:
     return stage.__name__.rsplit(".", 1)[1]
 
@@ -74,7 +78,7 @@ def write_tables(folder: Path) -> None:
         tables["corpus"].append(common | {"text": f"Doc {i}. " + "some words to learn " * 8})
         tables["instructions"].append(common | {"messages": [*asks, says(f"{2 * i}.")]})
         tables["preferences"].append(common | {"messages": asks, "chosen": says(f"{2 * i}."), "rejected": says("no")})
-        tables["prompts"].append(common | {"messages": asks})
+        tables["prompts"].append(common | {"messages": asks, "truth": str(2 * i)})
     for name, table in tables.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
 
@@ -135,6 +139,26 @@ def test_a_killed_stage_ends_in_the_same_bytes(stage: ModuleType, step: int, cha
     assert {p.name: sha256(p) for p in sorted(whole.iterdir())} == {
         p.name: sha256(p) for p in sorted((tmp_path / "out").iterdir())
     }
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_killed_grpo_ends_in_the_same_bytes(
+    step: int, chain: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = chain
+    changed = ppo.Config.model_validate(CONFIGS[ppo].model_dump() | GRPO | {"lr": 1e-2, "unfinished": -1.0})
+    monkeypatch.setitem(CONFIGS, ppo, changed)
+    metrics = run(ppo, root, tmp_path / "whole")
+
+    def kill(_: Metrics, at: int) -> None:
+        if at == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(ppo, root, tmp_path / "cut", kill)
+    assert run(ppo, root, tmp_path / "out") == metrics
+    whole, again = ({p.name: sha256(p) for p in folder.iterdir()} for folder in (tmp_path / "whole", tmp_path / "out"))
+    assert whole == again and whole["model.safetensors"] != sha256(root / "sft" / "model.safetensors")
 
 
 def test_each_stage_learns_something_else(chain: tuple) -> None:

@@ -9,6 +9,7 @@ from components.train.rl import (
     Estimator,
     explained_variance,
     gae,
+    group_advantages,
     kl_estimate,
     next_kl_coef,
     policy_loss,
@@ -52,6 +53,31 @@ def test_rewards_by_hand() -> None:
     logprobs, reference = torch.tensor([[-9.0, -1.0, -2.0, -9.0]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
     got = token_rewards(torch.tensor([3.0]), logprobs - reference, mask, 0.1)
     assert got[0].tolist() == pytest.approx([0.0, -0.1, 3.1, 0.0])
+
+
+def test_a_groups_advantages_against_a_slow_loop() -> None:
+    """In whatever order the answers of the groups stand."""
+    generator = torch.Generator().manual_seed(1)
+    groups = torch.arange(5).repeat(4)[torch.randperm(20, generator=generator)]
+    scores = torch.randn(20, generator=generator)
+    scores[groups == 3] = 0.1  # a number that float32 does not hold
+    got, alike = group_advantages(scores, groups)
+    for i in range(20):
+        among = [float(scores[j]) for j in range(20) if groups[j] == groups[i]]
+        mean = sum(among) / len(among)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in among) / len(among))
+        want = 0.0 if groups[i] == 3 else (float(scores[i]) - mean) / deviation
+        assert float(got[i]) == pytest.approx(want, abs=1e-5)
+    assert alike == pytest.approx(0.2)
+    assert not got[groups == 3].any()
+
+
+def test_group_advantages_by_hand() -> None:
+    """Right, wrong, wrong, right: mean 1/2, deviation 1/2."""
+    got, alike = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.zeros(4).long())
+    assert got.tolist() == [1.0, -1.0, -1.0, 1.0] and alike == 0
+    same, alike = group_advantages(torch.full((6,), -7.3), torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert same.tolist() == [0.0] * 6 and alike == 1
 
 
 def test_whitening_by_hand() -> None:
@@ -163,6 +189,22 @@ def test_the_sketchs_formula_where_it_is_right() -> None:
     assert (float(rewards), float(advantages)) == (pytest.approx(0.95), pytest.approx(0.5))
     policy, _ = policy_loss(old + math.log(1.5), old, advantages, mask, 0.2)
     assert float(policy + value_loss(value, value, advantages + value, mask, 0.2)) == pytest.approx(-0.475)
+
+
+@pytest.mark.parametrize(("estimator", "pulls"), [("k1", "nothing"), ("k2", "KL(pi, ref)"), ("k3", "KL(ref, pi)")])
+def test_what_an_estimator_pulls_to_as_a_loss(estimator: Estimator, pulls: str) -> None:
+    """GRPO's penalty has its gradient through pi alone; expectations over every outcome of a softmax of four."""
+    logits = torch.tensor([0.3, -0.2, 0.1, 0.4], requires_grad=True)
+    logprobs, known = torch.log_softmax(logits, 0), REFERENCE.log()
+    (got,) = torch.autograd.grad((logprobs.exp().detach() * kl_estimate(logprobs, known, estimator)).sum(), logits)
+    logprobs = torch.log_softmax(logits, 0)
+    divergences = {
+        "nothing": 0 * logprobs.sum(),
+        "KL(pi, ref)": (logprobs.exp() * (logprobs - known)).sum(),
+        "KL(ref, pi)": (REFERENCE * (known - logprobs)).sum(),
+    }
+    (want,) = torch.autograd.grad(divergences[pulls], logits)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
 def test_the_sketchs_ratio_of_whole_answers_hides_its_tokens() -> None:
