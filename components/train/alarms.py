@@ -38,10 +38,10 @@ def ringing(history: History, kl_target: float | None) -> dict[str, str]:
             "no answer ended by itself in 3 rollouts, so every score is that of `unfinished`: there is nothing to "
             "learn; raise max_new_tokens, or train SFT for longer, until it ends its answers"
         )
-    elif last(history, "reward_deviation", 3, lambda x: x == 0):
+    elif last(history, "reward_deviation", 3, lambda x: x == 0) or last(history, "equal_groups", 3, lambda x: x == 1):
         found["equal"] = (
-            "every answer had the same reward in 3 rollouts: there is nothing to learn but noise; look at the reward "
-            "model's accuracy, and raise temperature if all answers are alike"
+            "every answer to a prompt had the same reward in 3 rollouts: there is nothing to learn but noise; if all "
+            "are good, stop; else look at the judge, and raise temperature if all answers are alike"
         )
     if last(history, "clip_fraction", 3, lambda x: x > 0.4):
         found["clip"] = (

@@ -6,7 +6,7 @@ from components.train.alarms import Row, new_alarms, ringing
 
 HEALTHY: Row = {
     **{"reward": 0.5, "reward_deviation": 0.3, "kl": 2.0, "entropy": 1.5, "length": 20.0, "unfinished": 0.1},
-    **{"repetition": 0.1, "clip_fraction": 0.1, "explained_variance": 0.4, "first_off": 0.0},
+    **{"repetition": 0.1, "clip_fraction": 0.1, "explained_variance": 0.4, "first_off": 0.0, "equal_groups": 0.9},
 }
 
 
@@ -27,6 +27,7 @@ def test_a_healthy_run_rings_nothing() -> None:
         ("entropy", {"entropy": 0.29}, 5),
         ("unfinished", {"unfinished": 1.0, "reward_deviation": 0.0}, 3),
         ("equal", {"reward_deviation": 0.0}, 3),
+        ("equal", {"equal_groups": 1.0}, 3),
         ("clip", {"clip_fraction": 0.41}, 3),
         ("value", {"explained_variance": -0.1}, 10),
         ("repetition", {"repetition": 0.31}, 5),
