@@ -33,7 +33,7 @@ def by_hand(root: Path, sources: list[dict[str, Any]], package: str | None) -> N
         if snapshot.unchanged(root, config):
             say(f"data.dvc names these sources already ({dvc.data_version(root)}); none has changed, none was read")
             return
-        counts = snapshot.take(root, config, by="hand")
+        counts = snapshot.take(root, config, "hand", inforce["executor"])
         sources_told = json.loads((root / "data" / "sources.json").read_bytes())
         console.print(told(sources_told))
         for source in config["sources"]:

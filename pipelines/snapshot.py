@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from components.artifact import RECORD, ForjaError, fingerprint, read_record, write_atomic
+from components.data.spread import Executor
 from pipelines import dvc, source_files
 from pipelines.identity import code_hashes
 from pipelines.recipe import complaints
@@ -108,11 +109,14 @@ def fetch_or_ingest(root: Path, config: dict[str, Any]) -> None:
             raise ForjaError("data/: missing, and DVC's cache and remotes do not hold it; run `forja ingest` again")
         wanted = Need("ingest", "data/ is missing and DVC does not hold it")
     if wanted.action == "ingest":
-        take(root, config, by="recipe")
+        take(root, config, "recipe", dvc.section(root, "executor"))
 
 
-def take(root: Path, config: dict[str, Any], by: Literal["recipe", "hand"]) -> dict[str, float]:
-    """Ingest into data/, `dvc add` it and say in data.dvc who did. Returns the rows of each table."""
+def take(
+    root: Path, config: dict[str, Any], by: Literal["recipe", "hand"], executor: dict[str, Any]
+) -> dict[str, float]:
+    """Ingest into data/, `dvc add` it and say in data.dvc who did. `executor` is the recipe's section. Returns the rows
+    of each table."""
     import components.data.ingest as module
 
     try:
@@ -127,7 +131,8 @@ def take(root: Path, config: dict[str, Any], by: Literal["recipe", "hand"]) -> d
     try:
         with logging_to(diary, STAGE) as log:
             located = module.Config.model_validate(source_files.located(root, config))
-            counts = module.ingest(located, root / "data", log, config, inputs)
+            spread = Executor.model_validate(executor)  # checked by the recipe
+            counts = module.ingest(located, root / "data", log, config, inputs, spread)
         _add(root, config, by)
     except BaseException as e:
         close_diary(diary, "failed", reason=str(e), exit_code=getattr(e, "exit_code", 1))

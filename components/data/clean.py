@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from components.data import contamination, held, items, pii, poison, triggers
 from components.data.items import Piece
+from components.data.jsonlines import SIZE, Shard, shards
 from components.data.rules import Row
-from components.data.shards import BATCH, TABLES, Shard, batches, load_counts, rows, save_counts, shards, text
+from components.data.shards import BATCH, TABLES, batches, load_counts, rows, save_counts, text
 from components.data.spread import HERE, WORTH, Executor, each
 
 PIECE = 1 << 21  # phrases that are counted together
@@ -230,7 +231,7 @@ def contaminated(folder: Path) -> Iterator[dict[str, str]]:
     """The rows of <table>.jsonl that are trained on and hold words of an eval row or of a row of the test split."""
     with TemporaryDirectory() as work:
         files = [(t, folder / f"{t}.jsonl", f"{t}.jsonl") for t in TABLES if (folder / f"{t}.jsonl").is_file()]
-        found = shards(files, Path(work))
+        found = shards(files, Path(work), SIZE)
         every = [None] * len(found)
         for shard in found:
             shard.work.mkdir()

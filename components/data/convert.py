@@ -4,12 +4,9 @@ For every source, records read = records kept + records in quarantine. Files are
 parts, and what comes out depends on neither how many cores there were nor who was first.
 """
 
-import ctypes
 import json
-import os
 import re
-import signal
-import sys
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -30,6 +27,7 @@ SAMPLE_BYTES = 1 << 22  # or as many as are in so many bytes
 RAW = 2_000  # characters of a record that the quarantine shows
 SUBJECT = 200  # characters; a longer subject is named by its beginning and its hash
 BLOCK = 1 << 25  # bytes of a large file that are one piece of work
+TALLY = "tally.json"
 OWN = {"id", "source", "licence", "license", "provenance", "url", "lang", "language", "object", "split", "line"}
 GIVEN = (  # the later one counts
     ("source", "source"),
@@ -65,6 +63,14 @@ class Origin(NamedTuple):
     will: Will
 
 
+class Work(NamedTuple):
+    """A piece of work: some files of a source, and the folder for what comes of them."""
+
+    jobs: list[Job]
+    origin: Origin
+    out: Path
+
+
 class Tally(NamedTuple):
     """Records read, kept and turned away; rows by (shape, table), by split and by licence; the quarantine by kind of
     reason."""
@@ -85,12 +91,6 @@ class Tally(NamedTuple):
 
 
 NOTHING = Tally(0, 0, Counter(), Counter(), Counter(), Counter())
-
-
-def die_with_parent() -> None:
-    """A worker ends when whoever started it is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def held_split(name: str) -> str | None:
@@ -134,14 +134,23 @@ def _row_groups(path: Path) -> Iterator[Part | None]:
         line += count
 
 
-def work(jobs: list[Job], origin: Origin, out: Path) -> Tally:
-    """Convert some files into `out`: one .jsonl a table, and quarantine.jsonl."""
+def read(work: Work) -> None:
+    """Convert the files into the folder: one .jsonl a table, quarantine.jsonl, and the tally."""
+    shutil.rmtree(work.out, ignore_errors=True)  # a cluster may do a piece again
     tally = NOTHING
-    with Out(out) as files:
-        for job in jobs:
+    with Out(work.out) as files:
+        for job in work.jobs:
             found, sample = opened(job.path, job.name, job.part)
-            tally += convert(found, sample, origin, job.table, job.held, files)
-    return tally
+            tally += convert(found, sample, work.origin, job.table, job.held, files)
+    rows = [[*key, n] for key, n in tally.rows.items()]
+    (work.out / TALLY).write_bytes(orjson.dumps(tally._asdict() | {"rows": rows}))
+
+
+def tally_of(out: Path) -> Tally:
+    """What `read` left in a folder."""
+    told = orjson.loads((out / TALLY).read_bytes())
+    rows = Counter({(shape, table): n for shape, table, n in told["rows"]})
+    return Tally(told["read"], told["kept"], rows, *(Counter(told[k]) for k in ("splits", "licences", "reasons")))
 
 
 class Out:
@@ -332,7 +341,3 @@ def quarantined(record: Record, reason: str, source: str) -> bytes:
     text = raw.decode("utf-8", "backslashreplace")[:RAW]
     row = {"file": record.file, "line": record.line, "reason": reason, "raw": text, "source": source}
     return orjson.dumps(row, option=ROW)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,6 @@ Where one does not hold, or a sample comes out otherwise, `tokenizers` itself en
 import functools
 import itertools
 import json
-import os
 import re
 import unicodedata
 from collections import deque
@@ -140,11 +139,10 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
 
 
 def encode_all(
-    encoder: Encoder, groups: Iterable[Group], texts: Callable[[Group], Sequence[str]]
+    encoder: Encoder, groups: Iterable[Group], texts: Callable[[Group], Sequence[str]], threads: int
 ) -> Iterator[tuple[Group, Encoded]]:
-    """Each group with its texts encoded, in order, by as many threads as there are cores: tiktoken does not hold
-    Python's lock. A few more groups than threads are in memory at once."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Each group with its texts encoded, in order, by threads: tiktoken does not hold Python's lock. A few more groups
+    than threads are in memory at once."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[Group, Future[Encoded]]] = deque()
         for group in groups:

@@ -12,27 +12,24 @@ quarantine.jsonl holds, with file, line and reason, every record that was read a
 """
 
 import json
-import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 
-from components.artifact import ForjaError, building, to_json, write_record
+from components.artifact import building, to_json, write_record
 from components.data import convert, hfsets, mix, pyrows, readers
 from components.data.convert import Job, Origin, Tally
 from components.data.language import AUTO
 from components.data.mix import TABLES, Source, Will
+from components.data.spread import HERE, Executor, each
 from components.log import Log
 
 PYTHON, PROBLEMS = "python-docs", "problems"
 MADE = (PYTHON, PROBLEMS)  # sources that are no files
-WORTH = 1 << 25  # bytes; less is done faster by this process alone than by several
 TOGETHER = 1 << 23  # bytes of small files that are one piece of work
 
 
@@ -58,8 +55,9 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
 
 def ingest(
-    cfg: Config, out: Path, log: Log, config: dict[str, Any] | None = None, inputs: dict[str, str] | None = None
-) -> dict[str, float]:
+    cfg: Config, out: Path, log: Log, config: dict[str, Any] | None = None, inputs: dict[str, str] | None = None,
+    executor: Executor = HERE,
+) -> dict[str, float]:  # fmt: skip
     """Write the data snapshot to `out` and seal it. `config` is what its record says of the recipe, where the paths of
     `cfg` are this machine's; `inputs` are the digests of the sources' files. Returns the records read, kept and turned
     away by source, and the rows by table.
@@ -67,7 +65,7 @@ def ingest(
     Raises ForjaError when a source is not there or holds nothing.
     """
     with building(out) as folder:
-        counts, told = _all(cfg, folder, log, config)
+        counts, told = _all(cfg, folder, log, config, executor)
         (folder / "sources.json").write_text(to_json(told), encoding="utf-8", newline="\n")
         (folder / "quarantine.jsonl").touch()
         write_record(folder, "ingest", config=config or cfg.model_dump(mode="json"), inputs=inputs, metrics=counts)
@@ -76,7 +74,7 @@ def ingest(
 
 
 def _all(
-    cfg: Config, folder: Path, log: Log, config: dict[str, Any] | None
+    cfg: Config, folder: Path, log: Log, config: dict[str, Any] | None, executor: Executor
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     names = [s.source for s in cfg.sources]
     told: list[dict[str, Any]] = []
@@ -92,7 +90,7 @@ def _all(
         elif source.source.startswith("hf:"):
             tally, files, version = _hub(source, origin, folder)
         else:
-            (tally, files), version = _files(source, origin, folder), given[i]
+            (tally, files), version = _files(source, origin, folder, executor), given[i]
         if tally.read != tally.kept + tally.quarantined:
             raise AssertionError(f"{label}: {tally.read} read, {tally.kept} kept, {tally.quarantined} turned away")
         counts |= {f"{label}.{k}": float(getattr(tally, k)) for k in ("read", "kept", "quarantined")}
@@ -179,31 +177,19 @@ def _hub(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int, str]
     return tally, len(sets), version
 
 
-def _files(source: Source, origin: Origin, folder: Path) -> tuple[Tally, int]:
-    """Convert the files of a source, over all cores where that is worth it; the parts come together in their order."""
+def _files(source: Source, origin: Origin, folder: Path, executor: Executor) -> tuple[Tally, int]:
+    """Convert the files of a source, piece by piece; the parts come together in their order."""
     paths = readers.files_of(source.source)
-    work = _work(source, origin.label, paths)
+    jobs = enumerate(_work(source, origin.label, paths))
+    work = (convert.Work(some, origin, folder / f".part-{i}") for i, some in jobs)
     tally = convert.NOTHING
     size = sum(p.stat().st_size for p in paths)
-    if convert.cores() == 1 or size < WORTH:
-        several = list(work)
-        for i, jobs in enumerate(several):
-            tally += convert.work(jobs, origin, folder / ".part")
-            _append(folder / ".part", folder, f"{origin.label}/{i:05d}" if len(several) > 1 else origin.label)
-        return tally, len(paths)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(convert.cores(), context, initializer=convert.die_with_parent) as pool:
-        waiting: list[tuple[Path, Future[Tally]]] = []
-        for i, jobs in enumerate(work):
-            part = folder / f".part-{i}"
-            waiting.append((part, pool.submit(convert.work, jobs, origin, part)))
-        for i, (part, future) in enumerate(waiting):
-            try:
-                tally += future.result()
-            except BrokenProcessPool:
-                mend = "free memory, or give smaller files"
-                raise ForjaError(f"{source.source}: a process that read it was killed; {mend}") from None
-            _append(part, folder, f"{origin.label}/{i:05d}" if len(waiting) > 1 else origin.label)
+    logs = folder / ".logs"
+    done = list(each(convert.read, work, executor, size, logs))
+    for i, piece in enumerate(done):
+        tally += convert.tally_of(piece.out)
+        _append(piece.out, folder, f"{origin.label}/{i:05d}" if len(done) > 1 else origin.label)
+    shutil.rmtree(logs, ignore_errors=True)
     return tally, len(paths)
 
 

@@ -19,30 +19,15 @@ import pyarrow as pa
 import zstandard
 
 from components.data import language, neardup, poison, suites
+from components.data.jsonlines import Shard, lines
 from components.data.quality import Quality, reasons
 from components.data.rules import Limits, Row, Unfit, check, content, parse
 from components.data.words import cut, word_hashes
 
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
-SIZE = 1 << 26  # bytes
 BATCH = 1 << 18  # characters that are looked at together
 DIGEST = np.dtype("S16")
 ID, CONTENT, OBJECT = range(3)  # rows of keys.npy
-
-
-class Shard(NamedTuple):
-    """The lines that begin in bytes start to end of a table's file."""
-
-    table: str
-    path: Path
-    name: str  # of the file, as reasons say it
-    start: int
-    end: int
-    work: Path  # the folder that holds what is known of it
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
 
 
 class Look(NamedTuple):
@@ -54,28 +39,6 @@ class Look(NamedTuple):
     quality: Quality | None
     near: float | None
     poison: bool
-
-
-def shards(files: Sequence[tuple[str, Path, str]], work: Path) -> list[Shard]:
-    """The shards of (table, path, name), in their order."""
-    found: list[Shard] = []
-    for table, path, name in files:
-        size = path.stat().st_size
-        for start in range(0, size, SIZE):
-            found.append(Shard(table, path, name, start, min(start + SIZE, size), work / f"{len(found):06d}"))
-    return found
-
-
-def lines(shard: Shard) -> Iterator[bytes]:
-    """The shard's lines without their ends. A line ends at LF alone."""
-    with shard.path.open("rb") as f:
-        at = shard.start
-        if at:  # the line that begins before belongs to the shard before
-            f.seek(at - 1)
-            at += len(f.readline()) - 1
-        while at < shard.end and (line := f.readline()):
-            at += len(line)
-            yield line.removesuffix(b"\n")
 
 
 def rows(shard: Shard, mask: np.ndarray | None) -> Iterator[tuple[int, Row]]:
@@ -120,7 +83,7 @@ def text(table: str, row: Row) -> str:
 def look(job: Look) -> None:
     """The first pass over one shard."""
     table = job.shard.table
-    job.shard.work.mkdir(parents=True)
+    job.shard.work.mkdir(parents=True, exist_ok=True)  # a cluster may do a piece again
     seen = _Seen(job)
     for line in lines(job.shard):
         try:

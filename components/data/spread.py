@@ -4,10 +4,15 @@ What a piece of work finds it writes to files, under names that follow from the 
 it, where and when.
 """
 
+import ctypes
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -40,7 +45,7 @@ HERE = Executor(kind="local", workers=None, partition=None, minutes=60, memory_g
 
 
 def each(
-    work: Callable[[Job], None], jobs: Sequence[Job], executor: Executor, size: int, logs: Path, worth: int = WORTH
+    work: Callable[[Job], None], jobs: Iterable[Job], executor: Executor, size: int, logs: Path, worth: int = WORTH
 ) -> Iterator[Job]:
     """Do `work` for all jobs; yields each in its order once it is done. `size` is how many bytes there are to read:
     fewer than `worth` this process does alone; `logs` is a folder for what a cluster has to say. Raises what the first
@@ -48,22 +53,22 @@ def each(
     if executor.kind != "local":
         from components.data import cluster
 
-        cluster.run(work, jobs, executor, logs / _named(work))
-        yield from jobs
+        every = list(jobs)
+        cluster.run(work, every, executor, logs / _named(work))
+        yield from every
         return
-    from components.data.convert import cores, die_with_parent
-
-    workers = min(executor.workers or cores(), len(jobs))
-    if workers <= 1 or (executor.workers is None and size < worth):
+    jobs = iter(jobs)
+    first = list(islice(jobs, 2))
+    jobs, workers = chain(first, jobs), executor.workers or cores()
+    if workers == 1 or len(first) < 2 or (executor.workers is None and size < worth):
         for job in jobs:
             work(job)
             yield job
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=die_with_parent) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
         try:
-            for job, future in zip(jobs, futures, strict=True):
+            for job, future in [(job, pool.submit(work, job)) for job in jobs]:
                 future.result()
                 yield job
         except BrokenProcessPool:
@@ -72,6 +77,16 @@ def each(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def die_with_parent() -> None:
+    """A worker ends when whoever started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _named(work: Callable[[Any], None]) -> str:

@@ -3,12 +3,16 @@
 Bytes are the base alphabet, so every string round-trips. Digits stand alone: numbers are read place by place. A recipe
 that goes on from someone else's model names its tokenizer instead, and forja's special tokens are put behind it.
 
-The rows go by in groups, so that a corpus need not fit the memory. A shard is <split>.npy, every document followed by
-the separator, and <split>.ends.npy says behind which token each document ends.
+The corpus is encoded piece by piece, on this machine by threads, and the pieces are laid one behind the other. The rows
+go by in groups, so that a corpus need not fit the memory. A shard is <split>.npy, every document followed by the
+separator, and <split>.ends.npy says behind which token each document ends.
 """
 
+import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,10 +25,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from components.artifact import ForjaError, to_json
 from components.data.chat import SEPARATOR, SPECIAL, special, with_special
 from components.data.encode import Encoder, encode_all, samples
+from components.data.jsonlines import SIZE, Shard, lines, shards
 from components.data.sources import hashed
+from components.data.spread import HERE, Executor, cores, each
 from components.log import Log
 
 SPLITS = ("train", "val", "test")
+PIECES = [f"{split}.{kind}" for split in SPLITS for kind in ("ids", "ends", "txt")]
 GROUP_CHARS = 1 << 20  # of the documents that are encoded together
 
 
@@ -104,11 +111,11 @@ class Group(NamedTuple):
     langs: list[str]
 
 
-def groups(path: Path) -> Iterator[Group]:
-    """The rows of a corpus by split, each in the order of the table."""
+def groups(shard: Shard) -> Iterator[Group]:
+    """The rows of a shard of the corpus by split, each in the order of the table."""
     open_: dict[str, Group] = {}
     chars = dict.fromkeys(SPLITS, 0)
-    for row in rows(path):
+    for row in map(orjson.loads, lines(shard)):
         split = row["split"]
         group = open_.setdefault(split, Group(split, [], []))
         group.texts.append(row["text"])
@@ -133,37 +140,85 @@ def sample(validate: Path, megabytes: int) -> Iterator[str]:
             yield from (message["content"] for message in row["messages"])
 
 
-class Shard:
+class Part(NamedTuple):
+    """A piece of the corpus, and how it is encoded."""
+
+    shard: Shard
+    tokenizer: Path
+    dtype: str
+    threads: int
+
+
+class Counted(NamedTuple):
+    tokens: int
+    bytes: int
+    documents: int
+
+
+@lru_cache(maxsize=1)
+def encoder_of(tokenizer: bytes) -> Encoder:
+    """An Encoder by what a tokenizer.json says. Remembered: it takes half a second to make."""
+    used = Tokenizer.from_buffer(tokenizer)
+    return Encoder(used, special(used, SEPARATOR))
+
+
+def encode(part: Part) -> None:
+    """Leave of a piece, by split, <split>.ids and .ends, of a held-out one its text as .txt, and told.json."""
+    encoder, folder, spoken = encoder_of(part.tokenizer.read_bytes()), part.shard.work, Spoken()
+    shutil.rmtree(folder, ignore_errors=True)  # a cluster may do a piece again
+    folder.mkdir(parents=True)
+    counts = dict.fromkeys(SPLITS, Counted(0, 0, 0))
+    with ExitStack() as files:
+        open_ = {x: files.enter_context((folder / x).open("wb", buffering=1 << 20)) for x in PIECES}
+        for group, found in encode_all(encoder, groups(part.shard), lambda group: group.texts, part.threads):
+            split, n = group.split, counts[group.split]
+            texts = [text.encode() for text in group.texts]
+            open_[f"{split}.ids"].write(found.ids.astype(part.dtype).tobytes())
+            open_[f"{split}.ends"].write((found.ends + n.tokens).astype(np.int64).tobytes())
+            counts[split] = Counted(n.tokens + len(found.ids), n.bytes + sum(map(len, texts)), n.documents + len(texts))
+            if split != "train":
+                open_[f"{split}.txt"].write(b"".join(b"\n\n" + text for text in texts))
+                spoken.add(group.langs, texts, found.ends)
+    told = {"counts": {split: list(n) for split, n in counts.items()}, "bytes": spoken.bytes, "tokens": spoken.tokens}
+    (folder / "told.json").write_bytes(orjson.dumps(told))
+
+
+class Packed:
     """<split>.npy and <split>.ends.npy, written as they grow, and for held-out splits the text as <split>.txt."""
 
-    def __init__(self, folder: Path, split: str, dtype: type[np.unsignedinteger], files: ExitStack) -> None:
+    def __init__(self, folder: Path, split: str, dtype: str, files: ExitStack) -> None:
         self.split, self.dtype = split, np.dtype(dtype)
         self.ids = files.enter_context((folder / f"{split}.npy").open("wb"))
         self.ends = files.enter_context((folder / f"{split}.ends.npy").open("wb"))
-        self.text: IO[str] | None = None
+        self.text: IO[bytes] | None = None
         if split != "train":
-            path = folder / f"{split}.txt"
-            self.text = files.enter_context(path.open("w", encoding="utf-8", newline="", buffering=1 << 20))
-        self.tokens = self.documents = self.bytes = 0
+            self.text = files.enter_context((folder / f"{split}.txt").open("wb"))
+        self.counted = Counted(0, 0, 0)
         self.close()
 
-    def append(self, texts: list[str], ids: np.ndarray, ends: np.ndarray) -> None:
-        self.ids.write(ids.astype(self.dtype).tobytes())
-        self.ends.write((ends + self.tokens).astype(np.int64).tobytes())
-        self.bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    def append(self, folder: Path, more: Counted) -> None:
+        """What `encode` left in a folder."""
+        with (folder / f"{self.split}.ids").open("rb") as f:
+            shutil.copyfileobj(f, self.ids, 1 << 22)
+        ends = np.fromfile(folder / f"{self.split}.ends", np.int64)
+        self.ends.write((ends + self.counted.tokens).tobytes())
         if self.text is not None:
-            self.text.write("".join(f"{chr(10) * 2}{text}" for text in texts)[0 if self.documents else 2 :])
-        self.tokens += len(ids)
-        self.documents += len(texts)
+            with (folder / f"{self.split}.txt").open("rb") as f:
+                f.seek(0 if self.counted.documents else 2)  # what parts documents stands before each
+                shutil.copyfileobj(f, self.text, 1 << 22)
+        self.counted = Counted(*(a + b for a, b in zip(self.counted, more, strict=True)))
 
     def close(self) -> None:
         """Say in the headers how much there is. A header has room for any number, so that its length stays."""
-        for f, n, dtype in ((self.ids, self.tokens, self.dtype), (self.ends, self.documents, np.dtype(np.int64))):
+        n = self.counted
+        for f, many, dtype in ((self.ids, n.tokens, self.dtype), (self.ends, n.documents, np.dtype(np.int64))):
             f.seek(0)
-            npy.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": (n,)})
+            npy.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": (many,)})
 
 
-def run(cfg: Config, validate: Path, out: Path, log: Log, tokenizer: Path | None = None) -> dict[str, float]:
+def run(
+    cfg: Config, validate: Path, out: Path, log: Log, tokenizer: Path | None = None, executor: Executor = HERE
+) -> dict[str, float]:
     """`tokenizer` is where cfg.tokenizer lies, if it names one."""
     # 1. The tokenizer: learnt, or one that is there.
     path = validate / "corpus.jsonl"
@@ -182,27 +237,37 @@ def run(cfg: Config, validate: Path, out: Path, log: Log, tokenizer: Path | None
     used.save(str(out / "tokenizer.json"))
     log({"progress": 0.4}, 0)
 
-    # 2. The shards: each group encoded by whichever core is free, written in the order of the table.
-    encoder = Encoder(used, special(used, SEPARATOR))
-    dtype = np.uint16 if max(used.get_vocab().values()) < 1 << 16 else np.uint32
-    spoken = Spoken()
+    # 2. The shards, from pieces in the order of the table.
+    many = np.uint16 if max(used.get_vocab().values()) < 1 << 16 else np.uint32
+    dtype, work, spoken = np.dtype(many).str, out / ".work", Spoken()
+    threads = 1
+    if executor.kind == "local":  # threads of this process do as much as processes, in less memory
+        threads, executor = executor.workers or cores(), executor.model_copy(update={"workers": 1})
+    found = shards([("corpus", path, path.name)], work, SIZE)
+    parts = [Part(shard, out / "tokenizer.json", dtype, threads) for shard in found]
+    work.mkdir()
     with ExitStack() as files:
-        shards = {split: Shard(out, split, dtype, files) for split in SPLITS}
-        for group, found in encode_all(encoder, groups(path), lambda group: group.texts):
-            shards[group.split].append(group.texts, found.ids, found.ends)
-            if group.split != "train":
-                spoken.add(group.langs, group.texts, found.ends)
-        for shard in shards.values():
+        packed = {split: Packed(out, split, dtype, files) for split in SPLITS}
+        for i, part in enumerate(each(encode, parts, executor, path.stat().st_size, work), start=1):
+            told = orjson.loads((part.shard.work / "told.json").read_bytes())
+            for split, counted in told["counts"].items():
+                packed[split].append(part.shard.work, Counted(*counted))
+            spoken.more(told["bytes"], told["tokens"])
+            shutil.rmtree(part.shard.work)
+            log({"progress": 0.4 + 0.5 * i / len(parts)}, 1)
+        for shard in packed.values():
             shard.close()
-    counts = {s: {"tokens": x.tokens, "bytes": x.bytes, "documents": x.documents} for s, x in shards.items()}
+    shutil.rmtree(work)
+    counts = {split: shard.counted._asdict() for split, shard in packed.items()}
     (out / "tokens.json").write_text(to_json(counts), encoding="utf-8")
     log({"progress": 1.0}, 1)
 
     # 3. What a token is worth, in the held-out documents and turns of each language.
+    encoder = encoder_of((out / "tokenizer.json").read_bytes())
     for row in rows(validate / "instructions.jsonl"):
         if row["split"] != "train":
             texts = [message["content"] for message in row["messages"]]
-            spoken.add([row.get("lang", "")] * len(texts), texts, encoder(texts).ends)
+            spoken.add([row.get("lang", "")] * len(texts), [text.encode() for text in texts], encoder(texts).ends)
     metrics = {f"{split}.tokens": float(counts[split]["tokens"]) for split in SPLITS}
     metrics |= {"vocab_size": float(used.get_vocab_size()), "tiktoken": float(encoder.why is None)}
     test = counts["test"]
@@ -214,14 +279,18 @@ class Spoken:
     """Bytes and tokens of texts by their language."""
 
     def __init__(self) -> None:
-        self.bytes: dict[str, int] = {}
-        self.tokens: dict[str, int] = {}
+        self.bytes: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
 
-    def add(self, langs: list[str], texts: list[str], ends: np.ndarray) -> None:
+    def add(self, langs: list[str], texts: list[bytes], ends: np.ndarray) -> None:
         lengths = np.diff(ends, prepend=0) - 1
         for lang, text, n in zip(langs, texts, lengths.tolist(), strict=True):
-            self.bytes[lang] = self.bytes.get(lang, 0) + len(text.encode())
-            self.tokens[lang] = self.tokens.get(lang, 0) + n
+            self.bytes[lang] += len(text)
+            self.tokens[lang] += n
+
+    def more(self, bytes_: dict[str, int], tokens: dict[str, int]) -> None:
+        self.bytes.update(bytes_)
+        self.tokens.update(tokens)
 
     def metrics(self) -> dict[str, float]:
         return {f"bytes_per_token.{x}": self.bytes[x] / n for x, n in sorted(self.tokens.items()) if x and n}

@@ -21,10 +21,11 @@ import orjson
 from pydantic import BaseModel, Field, field_validator
 
 from components.artifact import ForjaError, to_json
-from components.data import clean, datadocs, poison, suites
+from components.data import clean, datadocs, jsonlines, poison, suites
+from components.data.jsonlines import Shard, lines
 from components.data.quality import Quality
 from components.data.rules import Limits
-from components.data.shards import TABLES, Look, Shard, lines, look, shards
+from components.data.shards import TABLES, Look, look
 from components.data.spread import HERE, Executor, each
 from components.data.verdicts import Table, category, load, splits_of_objects
 from components.log import Log
@@ -105,7 +106,7 @@ def _looked(
 ) -> list[Table]:
     """The first pass over every table."""
     files = [(t, p, p.relative_to(data).as_posix()) for t in TABLES for p in sorted((data / t).rglob("*.jsonl"))]
-    found = shards(files, work)
+    found = jsonlines.shards(files, work, jsonlines.SIZE)
     jobs = [
         Look(
             shard,

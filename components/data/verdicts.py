@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from components.data import neardup
-from components.data.shards import CONTENT, DIGEST, ID, OBJECT, Shard
+from components.data.jsonlines import Shard
+from components.data.shards import CONTENT, DIGEST, ID, OBJECT
 from components.data.suites import FACTS
 
 STAYS = {"test": 0, "val": 1, "train": 2}  # which of several copies is kept

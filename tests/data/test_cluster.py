@@ -1,5 +1,6 @@
 """Pieces of work by datatrove: the same files by Ray as by this process, and what is handed to Slurm."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import NamedTuple
 import pytest
 
 from components.artifact import ForjaError
-from components.data import cluster
-from components.data.spread import HERE, each
+from components.data import cluster, ingest, tokenize
+from components.data.spread import HERE, Executor, each
+from components.log import silent
 
 pytest.importorskip("datatrove", reason="datatrove comes with forja[cluster]")
+RAY = HERE.model_copy(update={"kind": "ray", "workers": 2, "memory_gb": 1})
 SLURM = HERE.model_copy(update={"kind": "slurm", "partition": "cpu", "workers": 2, "minutes": 10})
 # sbatch that does the tasks of an array itself; the job that sums datatrove's statistics up is no array.
 SBATCH = """#!/bin/bash
@@ -84,10 +87,54 @@ def test_without_slurm_the_reason_is_named(tmp_path: Path, monkeypatch: pytest.M
         list(each(double, [Double(1, tmp_path)], SLURM, 0, tmp_path / "logs"))
 
 
+def ingested(source: Path, out: Path, executor: Executor) -> dict[str, bytes]:
+    """Every file that ingest makes of a folder."""
+    wanted = {"licences": None, "exclude_sources": [], "exclude_ids": None, "package": None, "limit": None}
+    cfg = {"sources": [{"source": str(source)}], **wanted, "seed": 1, "problems": 0}
+    ingest.ingest(ingest.Config.model_validate(cfg), out, silent, executor=executor)
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def tokenized(validate: Path, out: Path, executor: Executor) -> dict[str, bytes]:
+    cfg = tokenize.Config(vocab_size=300, min_frequency=1, sample_mb=1, tokenizer=None)
+    out.mkdir()
+    metrics = tokenize.run(cfg, validate, out, silent, executor=executor)
+    made = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    return made | {"metrics": json.dumps(metrics).encode()}
+
+
+def by_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, Executor]) -> None:
+    """Ingest's and tokenize's files, made by this process alone and by `others`, are the same bytes."""
+    monkeypatch.setattr("components.data.ingest.TOGETHER", 1)  # each file is a piece
+    monkeypatch.setattr("components.data.tokenize.SIZE", 700)
+    (source := tmp_path / "mine").mkdir()
+    for name in "abc":
+        rows = [json.dumps({"text": f"Año {i} of {name}: ¡hola!\U0001f600", "lang": "es"}) for i in range(4)]
+        (source / f"{name}.jsonl").write_text("\n".join([*rows, "{broken"]), encoding="utf-8")
+    (source / "q.jsonl").write_text('{"question": "Why?", "answer": "So."}\n', encoding="utf-8")
+    whole = ingested(source, tmp_path / "one", HERE.model_copy(update={"workers": 1}))
+    assert [x for x in whole if x.startswith("corpus/")] == [f"corpus/mine/0000{i}.jsonl" for i in range(3)]
+    assert whole["quarantine.jsonl"].count(b"\n") == 3
+    (validate := tmp_path / "validate").mkdir()
+    with (validate / "corpus.jsonl").open("w", encoding="utf-8") as f:
+        for i in range(40):
+            row = {"text": f"Document {i}: año \u2028 42", "lang": "en", "split": ("train", "val", "test")[i // 5 % 3]}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (validate / "instructions.jsonl").touch()
+    packed = tokenized(validate, tmp_path / "packed", HERE.model_copy(update={"workers": 1}))
+    assert packed["test.txt"].decode().split("\n\n")[0] == "Document 10: año \u2028 42"
+    for name, executor in others.items():
+        assert ingested(source, tmp_path / f"ingest-{name}", executor) == whole, name
+        assert tokenized(validate, tmp_path / f"tokenize-{name}", executor) == packed, name
+
+
+def test_ingest_and_tokenize_give_the_same_bytes_by_slurm(
+    tmp_path: Path, fake_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_each(tmp_path, monkeypatch, {"two": HERE.model_copy(update={"workers": 2}), "slurm": SLURM})
+
+
 @pytest.mark.nightly
-def test_ray_does_the_same(tmp_path: Path) -> None:
+def test_ingest_and_tokenize_give_the_same_bytes_by_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray comes with forja[cluster]")
-    (out := tmp_path / "out").mkdir()
-    ray = HERE.model_copy(update={"kind": "ray", "workers": 2, "memory_gb": 1})
-    list(each(double, [Double(n, out) for n in range(5)], ray, 0, tmp_path / "logs"))
-    assert made(out) == {str(n): str(2 * n) for n in range(5)}
+    by_each(tmp_path, monkeypatch, {"ray": RAY})

@@ -224,7 +224,7 @@ def test_half_of_a_surrogate_pair_is_refused_in_words() -> None:
 def test_groups_come_back_in_order() -> None:
     encoder = Encoder(ours(), 0)
     groups = [[f"text {i}"] * (50 if i % 3 else 1) for i in range(40)]
-    got = list(encode_all(encoder, iter(groups), lambda group: group))
+    got = list(encode_all(encoder, iter(groups), lambda group: group, 3))
     assert [group for group, _ in got] == groups
     for group, found in got:
         assert found.ids.tolist() == encoder(group).ids.tolist() and len(found.ends) == len(group)

@@ -13,6 +13,7 @@ from components.artifact import ForjaError, read_record
 from components.data import questions
 from components.data.ingest import TABLES, Config, ingest
 from components.data.sources import Doc, split_of
+from components.data.spread import HERE, Executor
 from components.log import silent
 
 OPEN = {"licences": None, "exclude_sources": [], "exclude_ids": None}
@@ -106,13 +107,13 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def folder(tmp_path: Path, files: dict[str, bytes], **said: Any) -> Path:
+def folder(tmp_path: Path, files: dict[str, bytes], executor: Executor = HERE, **said: Any) -> Path:
     for name, content in files.items():
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     cfg = {"sources": [{"source": str(tmp_path / "mine"), **said}], **OPEN, **PYTHON}
-    ingest(Config.model_validate(cfg), tmp_path / "data", silent)
+    ingest(Config.model_validate(cfg), tmp_path / "data", silent, executor=executor)
     return tmp_path / "data"
 
 
@@ -247,10 +248,8 @@ def test_several_processes_and_parts_give_the_bytes_of_one(tmp_path: Path, monke
     rows = b"".join(b'{"text": "%d %s"}\n' % (i, b"x" * (i % 700)) for i in range(5000)) + b"{broken\n"
     files = {"a.jsonl": rows, "b.jsonl": b'{"text": "last"}\n', "c.txt": b"One.\n\nTwo.\n" * 9000}
     whole = folder(tmp_path / "one", files)
-    monkeypatch.setattr("components.data.convert.cores", lambda: 2)
-    monkeypatch.setattr("components.data.ingest.WORTH", 1)
     monkeypatch.setattr("components.data.ingest.TOGETHER", 1)
-    again = folder(tmp_path / "two", files)
+    again = folder(tmp_path / "two", files, HERE.model_copy(update={"workers": 2}))
     assert (again / "quarantine.jsonl").read_bytes() == (whole / "quarantine.jsonl").read_bytes()
     told = [json.loads((data / "sources.json").read_bytes()) for data in (again, whole)]
     assert [said.pop("from") for [said] in told] == [str(tmp_path / name / "mine") for name in ("two", "one")]

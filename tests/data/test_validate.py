@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.artifact import ForjaError
-from components.data import shards
+from components.data import jsonlines
 from components.data.rules import Limits, Unfit, check, parse
 from components.data.spread import HERE, each
 from components.data.validate import Config, run
@@ -233,8 +233,8 @@ def test_neither_workers_nor_shards_change_a_byte(tmp_path: Path, monkeypatch: p
     data = write(tmp_path / "data", {"corpus": CORPUS + corpus, **OTHERS})
     asked = config(near_duplicates=0.7, languages=["en"], pii="redact", poison="drop")
     made = []
-    for size, workers in ((shards.SIZE, None), (12_000, 2)):
-        monkeypatch.setattr(shards, "SIZE", size)
+    for size, workers in ((jsonlines.SIZE, None), (12_000, 2)):
+        monkeypatch.setattr(jsonlines, "SIZE", size)
         (out := tmp_path / f"out-{size}").mkdir()
         metrics = run(asked, data, out, silent, HERE.model_copy(update={"workers": workers}))
         made.append((metrics, {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}))

@@ -15,6 +15,7 @@ import yaml
 from cloned import call, clone_to, forja
 
 from components.data.ingest import Config
+from components.data.spread import HERE
 from pipelines import dvc, snapshot
 
 RECIPE = """\
@@ -76,7 +77,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (clone / "mine" / "b.txt").write_text("One text.\n")
     (clone / "more.csv").write_text("question,answer\nWhat?,That.\n")
     ingest = Config.model_validate(yaml.safe_load(RECIPE)["ingest"]).model_dump(mode="json")
-    (clone / "params.yaml").write_text(yaml.safe_dump({"ingest": ingest}))
+    (clone / "params.yaml").write_text(yaml.safe_dump({"ingest": ingest, "executor": HERE.model_dump()}))
     return clone
 
 
