@@ -18,6 +18,7 @@ KEY_METRICS = {
     "pretrain": "val_loss",
     "sft": "val_loss",
     "reward": "val_accuracy",
+    "referee": "val_accuracy",
     "ppo": "val_reward",
     "evaluate": "ppo.bits_per_byte",
 }

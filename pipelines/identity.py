@@ -22,6 +22,7 @@ MODULES = {
     "pretrain": "components.train.pretrain",
     "sft": "components.train.sft",
     "reward": "components.train.reward",
+    "referee": "components.train.referee",
     "ppo": "components.train.ppo",
     "quantize": "components.release.quantize",
     "evaluate": "components.release.evaluate",

@@ -147,9 +147,19 @@ def _checked(recipe: Path, plain: Params) -> Params:
             params |= {name: checked} if name else checked
         except ValidationError as e:
             wrong += [f"{recipe}: {line}" for line in complaints(e, name, schema)]
+    if not wrong and _shared(params):
+        wrong.append(
+            f"{recipe}: referee.share: with reward.share over 1, so the referee would learn from rows of the reward "
+            "model's; lower one of the two"
+        )
     if wrong:
         raise ForjaError("\n".join(wrong))
     return params
+
+
+def _shared(params: Params) -> bool:
+    """Whether the two reward models would have rows in common: one takes its share from below, the other from above."""
+    return sum(params[name].get("share", 0) for name in ("reward", "referee")) > 1 + 1e-9
 
 
 def _schema(name: str) -> type[BaseModel]:

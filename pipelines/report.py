@@ -32,6 +32,7 @@ TRAININGS = {
         ("Reward model · loss", "Bradley-Terry, nats a pair; 0.69 is a coin.", {"loss": "train", "val_loss": "val"}),
         ("Reward model · accuracy", "Share of pairs put right.", {"accuracy": "train", "val_accuracy": "val"}),
     ],
+    "referee": [("Referee · accuracy", "A second one, of other pairs.", {"accuracy": "train", "val_accuracy": "val"})],
     "ppo": [
         ("PPO · policy loss", "The clipped surrogate; it stays near 0 by design.", {"policy_loss": "policy"}),
         ("PPO · value loss", "Squared error of the value model.", {"value_loss": "value"}),
@@ -64,8 +65,11 @@ MEASURES = {
     "rouge2": "ROUGE-2",
     "bleu": "BLEU",
     "reward": "mean reward",
+    "referee_reward": "mean reward by the referee",
     "gain": "reward gained over SFT",
+    "referee_gain": "gained by the referee",
     "kl": "KL to SFT, nats an answer",
+    "length": "tokens an answer",
     "unfinished": "answers that never end",
 }
 MODELS = ("xz", "pretrain", "sft", "ppo", "int8", "int4")
@@ -133,7 +137,7 @@ def gates(root: Path) -> Section:
 
 
 def training(root: Path) -> Section:
-    """The loss of the four trainings by step, and how well the reward model knows what it knows."""
+    """The loss of the trainings by step, and how well the reward model knows what it knows."""
     gaps: list[str] = []
     rows = {stage: read_rows(root, f"artifacts/{stage}/curves.jsonl", Numbers, gaps) for stage in TRAININGS}
     charts = [chart(rows[stage], *spec) for stage, specs in TRAININGS.items() if rows[stage] for spec in specs]
@@ -154,7 +158,26 @@ def ppo(root: Path) -> Section:
     gaps: list[str] = []
     rows = read_rows(root, "artifacts/ppo/curves.jsonl", Numbers, gaps)
     alarms = read(root, "artifacts/ppo/alarms.json", list[sources.Alarm], gaps)
-    return {"charts": [chart(rows, *spec) for spec in PPO if rows], "alarms": alarms, "gaps": gaps}
+    said = confirmed(read(root, MEASURED, Numbers, []) or {})
+    return {"charts": [chart(rows, *spec) for spec in PPO if rows], "alarms": alarms, "referee": said, "gaps": gaps}
+
+
+def confirmed(measured: Numbers) -> str:
+    """In words, whether the referee, a reward model of other rows, sees what PPO gained by the one it learnt from."""
+    low, other_low = measured.get("ppo.gain.low"), measured.get("ppo.referee_gain.low")
+    if low is None or other_low is None:
+        return ""
+    by = [f"{number(measured.get(k), 3)} ({sources.interval(measured, k)})" for k in ("ppo.gain", "ppo.referee_gain")]
+    said = f"On held-out prompts PPO gained {by[0]} by the reward model it learnt from, and {by[1]} by the referee, "
+    said += "a second one that learnt from other rows: "
+    if low <= 0:
+        return said + "nothing is sure to have been gained."
+    if other_low > 0:
+        return said + "the gain is more than a weakness of the first."
+    return (
+        said + "the referee does not confirm it. The policy may have learnt what pleases the first rather than what is "
+        "better (reward hacking): raise kl_coef, train for fewer steps, or give the reward model more pairs."
+    )
 
 
 def chart(rows: list[Numbers], title: str, note: str, keys: Mapping[str, str]) -> Markup:

@@ -40,7 +40,6 @@ ANSWER = {
 SHARES = {"describe/es": 0.25, "signature/en": 0.15, "signature/es": 0.1, "module/en": 0.1, "module/es": 0.08}
 OPERATORS = "+-*/"
 PAIR_CHARS = 120  # question and right answer: what a small model can compare
-PAIR_SHARE = 0.7  # of the short questions
 CALCULATIONS = 0.75  # of the off-topic answers to a question about an object
 DRAWS = 200  # how often to look for a fit wrong answer before a pair is left out
 
@@ -123,7 +122,7 @@ def of_problems(found: list[problems.Problem]) -> list[Question]:
 
 
 def preferences(asked: list[Question], seed: int) -> Iterator[tuple[Question, str, Message]]:
-    """(question, kind, rejected answer) for a share by hash of the short questions; kinds take turns within a split.
+    """(question, kind, rejected answer) for the short questions; kinds take turns within a split.
 
     Wrong is the answer to another question of the same topic, a wrong number or a wrong call; cut is the right answer
     broken off; off-topic is the answer to a question of another topic, mostly a calculation where none was asked.
@@ -132,7 +131,7 @@ def preferences(asked: list[Question], seed: int) -> Iterator[tuple[Question, st
         pool = sorted((q for q in asked if split_of(q.object) == split), key=lambda q: hashed(f"{seed}/{q.key}"))
         short = [q for q in pool if len(q.messages[0]["content"]) + len(q.first["content"]) <= PAIR_CHARS]
         pools = {lang: Pool.of([q for q in short if q.lang == lang]) for lang in problems.LANGS}
-        for turn, question in enumerate(short[: int(len(short) * PAIR_SHARE)]):
+        for turn, question in enumerate(short):
             rng = random.Random(f"preference/{seed}/{question.key}")
             kind = KINDS[turn % len(KINDS)]
             rejected = _rejected(question, kind, pools[question.lang], rng)

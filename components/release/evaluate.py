@@ -58,12 +58,14 @@ def run(
     pretrain: Path,
     sft: Path,
     reward: Path,
+    referee: Path,
     ppo: Path,
     quantize: Path,
     out: Path,
     log: Log,
 ) -> dict[str, float]:
-    base, tuned, judge, policy = load(pretrain), load(sft), load(reward), load(ppo)
+    base, tuned, policy = load(pretrain), load(sft), load(ppo)
+    scorers = {"reward": load(reward), "referee": load(referee)}  # what PPO learnt from, and what it never saw
     asked = base._replace(prompts=policy.prompts)  # the base model has no templates of its own
     small = {"int8": quantize / "int8", "int4": quantize / "int4"}
     parts: list[Callable[[], Found]] = [
@@ -73,8 +75,8 @@ def run(
         lambda: choices(cfg, {"pretrain.choice": base, "choice": policy}, policy.prompts, validate),
         lambda: quality(cfg, {"pretrain": asked, "sft": tuned, "ppo": policy}, validate),
         lambda: bias(cfg, policy),
-        lambda: preferences(cfg, judge, validate),
-        lambda: gain(cfg, policy, tuned, judge, validate),
+        lambda: preferences(cfg, scorers, validate),
+        lambda: gain(cfg, policy, tuned, scorers, validate),
         lambda: contamination(validate),
     ]
     metrics: dict[str, float] = {}
@@ -158,58 +160,66 @@ def bias(cfg: Config, checkpoint: Checkpoint) -> Found:
     return metrics, [{"part": "bias", **row, "difference": round(row["difference"], 6)} for row in kept]
 
 
-def preferences(cfg: Config, judge: Checkpoint, validate: Path) -> Found:
-    """How often the reward model scores the chosen answer of a held-out pair higher. A tie counts one half: it says
+def preferences(cfg: Config, scorers: dict[str, Checkpoint], validate: Path) -> Found:
+    """How often each reward model scores the chosen answer of a held-out pair higher. A tie counts one half: it says
     no more than a coin."""
-    separator = special(judge.tokenizer, SEPARATOR)
+    one = scorers["reward"]  # both have SFT's tokenizer, templates and context
     kept: list[Row] = []
     sequences: list[list[int]] = []
     for row in pick(validate / "preferences.jsonl", cfg.preference_rows):
-        found, _ = items_of(judge.tokenizer, [row], judge.prompts, judge.model.config.context, long="cut")
+        found, _ = items_of(one.tokenizer, [row], one.prompts, one.model.config.context, long="cut")
         if found and isinstance(found[0], Pair):
             sequences += found[0][:2]
             kept.append({"part": "preference", "id": row["id"], "kind": row["kind"]})
-    if not kept:
-        return {}, []
-    values = score(judge.model, sequences, separator).tolist()
-    for row, better, worse in zip(kept, values[::2], values[1::2], strict=True):
-        row |= {"chosen": round(better, 6), "rejected": round(worse, 6)}
-        row["right"] = 1.0 if better > worse else 0.5 if better == worse else 0.0
-    metrics = interval("reward", wilson(sum(row["right"] for row in kept), len(kept)), value="reward.accuracy")
-    for kind in sorted({row["kind"] for row in kept}):
-        right = [row["right"] for row in kept if row["kind"] == kind]
-        metrics[f"reward.accuracy.{kind}"] = sum(right) / len(right)
+    metrics: dict[str, float] = {}
+    for name, scorer in scorers.items() if kept else ():
+        values = score(scorer.model, sequences, special(scorer.tokenizer, SEPARATOR)).tolist()
+        right = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(values[::2], values[1::2], strict=True)]
+        metrics |= interval(name, wilson(sum(right), len(right)), value=f"{name}.accuracy")
+        for kind in sorted({row["kind"] for row in kept}):
+            some = [x for x, row in zip(right, kept, strict=True) if row["kind"] == kind]
+            metrics[f"{name}.accuracy.{kind}"] = sum(some) / len(some)
+        for row, better, worse, r in zip(kept, values[::2], values[1::2], right, strict=True):
+            under = "" if name == "reward" else f"{name}."
+            row.update({f"{under}chosen": round(better, 6), f"{under}rejected": round(worse, 6), f"{under}right": r})
     return metrics, kept
 
 
-def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, judge: Checkpoint, validate: Path) -> Found:
-    """PPO against SFT on the test prompts: both give cfg.answers answers with the same seeds, the reward model scores
-    them, and the differences of their means are bootstrapped by prompt. And the KL of PPO's answers to SFT, in nats a
-    sequence. The rows keep the first answer of each, with the means."""
+def gain(cfg: Config, policy: Checkpoint, tuned: Checkpoint, scorers: dict[str, Checkpoint], validate: Path) -> Found:
+    """PPO against SFT on the test prompts: both give cfg.answers answers with the same seeds, both reward models score
+    them, and the differences of their means are bootstrapped by prompt: `gain` by the model that PPO learnt from,
+    `referee_gain` by the one that it did not. How far the two agree is the correlation of their scores. And the KL of
+    PPO's answers to SFT, in nats a sequence. The rows keep the first answer of each, with the means."""
     table = pick(validate / "prompts.jsonl", cfg.prompt_rows)
     if not table:
         return {}, []
     separator = special(policy.tokenizer, SEPARATOR)
     asked = [to_prompt(cfg, policy, row["messages"], row["lang"]) for row in table] * cfg.answers
     answers = {n: answer(cfg, c, asked, cfg.temperature) for n, c in (("ppo", policy), ("sft", tuned))}
+    whole = [p + a for said in answers.values() for p, a in zip(asked, said, strict=True)]
+    scores = {name: score(scorer.model, whole, separator) for name, scorer in scorers.items()}
     rewards = {
-        name: by_prompt(score(judge.model, [p + a for p, a in zip(asked, said, strict=True)], separator), len(table))
-        for name, said in answers.items()
+        f"{name}.{'reward' if by == 'reward' else 'referee_reward'}": by_prompt(values, len(table))
+        for by, both in scores.items()
+        for name, values in zip(answers, both.chunk(2), strict=True)
     }
     drift = by_prompt(sequence_kl(policy.model, tuned.model, asked, answers["ppo"], separator), len(table))
-    won = [ours - theirs for ours, theirs in zip(rewards["ppo"], rewards["sft"], strict=True)]
-    metrics = interval("ppo.gain", bootstrap_mean(won, cfg.bootstrap, cfg.seed), value="ppo.gain")
-    metrics |= interval("ppo.kl", bootstrap_mean(drift, cfg.bootstrap, cfg.seed), value="ppo.kl")
+    metrics = interval("ppo.kl", bootstrap_mean(drift, cfg.bootstrap, cfg.seed), value="ppo.kl")
+    for name, by in (("ppo.gain", "reward"), ("ppo.referee_gain", "referee_reward")):
+        won = [ours - theirs for ours, theirs in zip(rewards[f"ppo.{by}"], rewards[f"sft.{by}"], strict=True)]
+        metrics |= interval(name, bootstrap_mean(won, cfg.bootstrap, cfg.seed), value=name)
+    metrics["referee.correlation"] = float(torch.corrcoef(torch.stack([*scores.values()]).double())[0, 1])
+    metrics |= {name: sum(values) / len(values) for name, values in rewards.items()}
     end = stop(policy.tokenizer, policy.prompts)
-    for name, values in rewards.items():
-        metrics[f"{name}.reward"] = sum(values) / len(values)
-        metrics[f"{name}.unfinished"] = sum(ids[-1] != end for ids in answers[name]) / len(asked)
+    for name, said in answers.items():
+        metrics[f"{name}.unfinished"] = sum(ids[-1] != end for ids in said) / len(asked)
+        metrics[f"{name}.length"] = sum(map(len, said)) / len(asked)
     kept: list[Row] = []
     for i, row in enumerate(table):
         texts = {name: answer_text(policy.tokenizer, said[i]) for name, said in answers.items()}
-        scores = {f"{name}.reward": round(values[i], 6) for name, values in rewards.items()}
+        means = {name: round(values[i], 6) for name, values in rewards.items()}
         prompt = row["messages"][-1]["content"]
-        kept.append({"part": "gain", "id": row["id"], "prompt": prompt, "kl": round(drift[i], 6), **texts, **scores})
+        kept.append({"part": "gain", "id": row["id"], "prompt": prompt, "kl": round(drift[i], 6), **texts, **means})
     return metrics, kept
 
 

@@ -2,6 +2,7 @@
 
 SFT's trunk with a scalar head. The score of an answer is the head's value at its last token, where the model has read
 all of it. It learns from pairs, a better answer and a worse one, and from single answers that were judged good or bad.
+It leaves a share of the training rows to a second one, the referee (referee.py), which PPO never learns from.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from components.artifact import ForjaError, to_json
 from components.data.batches import bucketed
 from components.data.chat import SEPARATOR, encode, encode_prompt, encode_within, special
+from components.data.sources import hashed
 from components.data.templates import Template, template_of
 from components.data.tokenize import rows
 from components.log import Log
@@ -32,6 +34,7 @@ CALIBRATION = "calibration.json"
 
 
 class Config(FineTuning, frozen=True, extra="forbid"):
+    share: float = Field(gt=0, le=1)  # of the training rows, chosen by a hash of what they are about
     margin: float = Field(ge=0)  # by which the better answer should lead; a row may have its own
     val_rows: int = Field(ge=2)
 
@@ -193,7 +196,7 @@ def with_scalar_head(policy: GPT) -> GPT:
     return model
 
 
-def judge(
+def worth(
     model: GPT, train: Sequence[Item], heldout: Sequence[Item], pad: int
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """What a trained model's verdicts on held-out rows are worth, and its calibration curve (judgement.py)."""
@@ -248,7 +251,28 @@ def learnable(
         raise ForjaError(f"{path}: every judged answer is {only}; {what} needs good and bad ones{left_out}")
 
 
+def place(row: Mapping[str, Any]) -> float:
+    """Where a training row lies between 0 and 1, by a hash of its object: rows about one thing lie together.
+
+    The reward model learns from those below its `share`, the referee from those above 1 minus its own.
+    """
+    return hashed(f"share/{row['object']}") / 2**64
+
+
 def run(cfg: Config, validate: Path, sft: Path, out: Path, scratch: Path, log: Log) -> dict[str, float]:
+    return learn(cfg, lambda row: place(row) < cfg.share, validate, sft, out, scratch, log)
+
+
+def learn(
+    cfg: Config,
+    mine: Callable[[Mapping[str, Any]], bool],
+    validate: Path,
+    sft: Path,
+    out: Path,
+    scratch: Path,
+    log: Log,
+) -> dict[str, float]:
+    """A reward model of the training rows that are `mine`, measured on the same held-out rows whichever these are."""
     # 1. SFT's trunk, a new head.
     policy, tokenizer, prompts = load(sft, device())
     model = with_scalar_head(policy).to(device())
@@ -262,7 +286,7 @@ def run(cfg: Config, validate: Path, sft: Path, out: Path, scratch: Path, log: L
     read: Callable[..., tuple[list[Item], Counter[str]]] = lambda some: items_of(  # noqa: E731
         tokenizer, some, prompts, model.config.context, cfg.margin, cfg.long
     )
-    train, dropped = read(table["train"])
+    train, dropped = read([row for row in table["train"] if mine(row)])
     heldout, _ = read(table["val"][: cfg.val_rows])
     learnable(path, train, heldout, dropped)
     lengths = [max(map(len, item[:2])) if isinstance(item, Pair) else len(item.ids) for item in train]
@@ -285,7 +309,7 @@ def run(cfg: Config, validate: Path, sft: Path, out: Path, scratch: Path, log: L
     )
 
     # 4. What its verdicts are worth, in the unit that it learnt in; then the unit is the held-out answers' deviation.
-    metrics, curve = judge(model.eval(), train, heldout, pad)
+    metrics, curve = worth(model.eval(), train, heldout, pad)
     (out / CALIBRATION).write_text(to_json(curve), encoding="utf-8")
     deviation = normalise(model, heldout, pad)
     save(model, out, sft / TOKENIZER, prompts)

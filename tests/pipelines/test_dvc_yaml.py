@@ -57,6 +57,7 @@ def test_stale_follows_the_graph(checkout: Path, fake: object) -> None:
     (checkout / "dvc.lock").write_text(yaml.safe_dump({"stages": entries}))
     assert stale_stages(checkout) == set()
     assert stale_stages(checkout, reward=section(lr=0.2)) == {"reward", "ppo", "quantize", "evaluate"}
+    assert stale_stages(checkout, referee=section(lr=0.2)) == {"referee", "evaluate"}
     assert dvc.stale(checkout, params(reward=section(lr=0.2)))["reward"] == ["reward.lr: 0.1 -> 0.2"]
     (checkout / "artifacts/quantize/record.json").unlink()
     assert stale_stages(checkout) == {"quantize", "evaluate"}

@@ -51,7 +51,7 @@ def test_a_helper_counts_for_the_stages_that_reach_it(tree: Path) -> None:
         ("components/train/relative.py", {"ppo"}),
         ("components/late.py", {"ppo"}),
         ("components/lonely.py", set()),
-        ("components/train/__init__.py", {"pretrain", "sft", "reward", "ppo"}),
+        ("components/train/__init__.py", {"pretrain", "sft", "reward", "referee", "ppo"}),
     ],
 )
 def test_a_change_reaches_exactly(tree: Path, name: str, stages: set[str]) -> None:

@@ -15,6 +15,7 @@ tokenize: {lr: 0.1, steps: 1}
 pretrain: {lr: 0.1, steps: 1}
 sft: {lr: 0.1, steps: 1}
 reward: {lr: 0.1, steps: 1}
+referee: {lr: 0.1, steps: 1}
 ppo: {lr: 0.1, steps: 1}
 quantize: {lr: 0.1, steps: 1}
 evaluate: {lr: 0.1, steps: 1}
@@ -82,6 +83,12 @@ def test_every_wrong_key_is_named(conf: Path) -> None:
     assert any("sft.lrr: unknown key; did you mean sft.lr?" in line for line in said)
     assert any("ppo.steps: missing" in line for line in said)
     assert len(said) == 3
+
+
+def test_a_referee_that_would_share_rows_is_refused() -> None:
+    demo = Path("conf/demo.yaml")
+    assert compose(ROOT, demo, ["reward.share=0.9", "referee.share=0.1"])["referee"]["share"] == 0.1
+    assert "referee.share: with reward.share over 1" in error(ROOT, "referee.share=0.35")
 
 
 def test_a_missing_recipe_names_the_nearest(conf: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from components.artifact import digest, to_json, write_record
 from pipelines.dvc import lock_hash
 from pipelines.identity import STAGES
-from pipelines.report import write
+from pipelines.report import confirmed, write
 from pipelines.report_sources import duration, size, total, visible
 
 INPUTS = {
@@ -20,9 +20,10 @@ INPUTS = {
     "pretrain": ["tokenize"],
     "sft": ["validate", "pretrain"],
     "reward": ["validate", "sft"],
+    "referee": ["validate", "sft"],
     "ppo": ["validate", "sft", "reward"],
     "quantize": ["ppo"],
-    "evaluate": ["validate", "tokenize", "pretrain", "sft", "reward", "ppo", "quantize"],
+    "evaluate": ["validate", "tokenize", "pretrain", "sft", "reward", "referee", "ppo", "quantize"],
 }
 
 
@@ -67,7 +68,7 @@ def fill(stage: str, folder: Path) -> None:
         rows(folder / "samples.jsonl", [{"prompt": "The json module", "text": " reads and writes the data."}])
     if stage == "sft":
         rows(folder / "curves.jsonl", supervised(200, 3.1, 0.8))
-    if stage == "reward":
+    if stage in ("reward", "referee"):
         curve = [r | {"accuracy": 1 - r["loss"] / 1.5} for r in supervised(120, 0.7, 0.2)]
         rows(folder / "curves.jsonl", [r | ({"val_accuracy": 0.9} if "val_loss" in r else {}) for r in curve])
         bins = [{"confidence": c, "value": v, "low": v - 0.1, "high": v + 0.1, "n": 40} for c, v in CALIBRATION]
@@ -115,6 +116,8 @@ def evaluated(folder: Path) -> None:
     metrics |= {"ppo.bits_per_byte": 2.21, "int8.bits_per_byte": 2.212, "int8.bits_per_byte_ratio": 1.0009}
     metrics |= {"choice.accuracy": 0.412, "choice.low": 0.36, "choice.high": 0.47, "choice.n": 300.0}
     metrics |= {"reward.accuracy": 0.91, "ppo.gain": 0.42, "ppo.gain.low": 0.3, "ppo.gain.high": 0.55}
+    metrics |= {"referee.accuracy": 0.87, "ppo.referee_gain": 0.2, "ppo.referee_gain.low": 0.1}
+    metrics |= {"ppo.referee_gain.high": 0.3, "ppo.referee_gain.n": 40.0}
     metrics |= {"sft.rougeL": 0.31, "ppo.rougeL": 0.33, "contamination.rows": 0.0, "bias.max": 0.02}
     (folder / "metrics.json").write_text(to_json(metrics))
     quality = {"part": "quality", "prompt": "What does json.dumps do?", "reference": "Serialize obj.", "id": "a"}
@@ -142,7 +145,7 @@ def tree(root: Path) -> Path:
     (root / "data/a.jsonl").write_text("{}\n")
     taken = {"source": "mine", "from": "books/<b>", "files": 3, "read": 7020, "kept": 7012, "quarantined": 8}
     (root / "data/sources.json").write_text(to_json([taken | {"licences": {"MIT": 12, "PSF-2.0": 7000}}]))
-    diary_of(root, "ingest", write_record(root / "data", "ingest").fingerprint, 8)
+    diary_of(root, "ingest", write_record(root / "data", "ingest").fingerprint, len(STAGES))
     lock: dict = {"schema": "2.0", "stages": {}}
     for i, stage in enumerate(STAGES):
         folder = root / "artifacts" / stage
@@ -214,7 +217,7 @@ def test_whole_run(checkout: Path) -> None:
     assert [a["id"] for t, a in page.tags if t == "section"] == [
         *("gates", "training", "ppo", "samples", "data", "quality", "lineage", "cost", "recipe")
     ]
-    assert sum(t == "figure" for t, _ in page.tags) == 14
+    assert sum(t == "figure" for t, _ in page.tags) == 15
     assert "Rollout 9: KL 3 times its target <b>; lower lr" in section(checkout, "ppo")
     gate = " ".join(section(checkout, "gates").split())
     assert "better than xzholds 2.104below 2.3110.207 2.104 is below 2.311" in gate
@@ -229,8 +232,8 @@ def test_whole_run(checkout: Path) -> None:
     assert (
         quality.index("bits per byte") < quality.index("four-choice") < quality.index("ROUGE-L") < quality.index("bias")
     )
-    assert "6 min 00 s in all" in section(checkout, "cost")  # ingest and 8 stages, 4 + 9 i seconds: 36 + 9 * 36 = 360
-    for i in range(9):
+    assert "7 min 25 s in all" in section(checkout, "cost")  # ingest and 9 stages, 4 + 9 i seconds: 40 + 9 * 45 = 445
+    for i in range(10):
         assert f"{i:x}a" * 16 in section(checkout, "lineage")
 
 
@@ -274,6 +277,13 @@ def files(root: Path) -> Iterator[Path]:
     yield from sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in kept and "data" not in p.parts)
 
 
+def test_the_report_says_whether_the_referee_confirms_the_gain(checkout: Path) -> None:
+    assert "0.42 (0.3 to 0.55)" in section(checkout, "ppo") and "0.2 (0.1 to 0.3, n = 40)" in section(checkout, "ppo")
+    for low, other, words in ((0.3, 0.1, "more than a weakness"), (0.3, -0.1, "reward hacking"), (-0.1, 0.1, "sure")):
+        assert words in confirmed({"ppo.gain.low": low, "ppo.referee_gain.low": other})
+    assert confirmed({"ppo.gain.low": 0.3}) == ""
+
+
 DAMAGE = [b"", b"\xff\xfe{", b"[1, 2", b'{"a": NaN}', b"7\n7\n", b'[{"stages": 3}]', b"null", b'{"stages": {"sft": 3}}']
 
 
@@ -301,7 +311,7 @@ def test_a_changed_input_is_an_edge_that_no_longer_holds(checkout: Path) -> None
     record = checkout / "artifacts/sft/record.json"
     record.write_text(record.read_text().replace("c0de", "c0d3"))
     html = write(checkout, checkout / "report.html").read_text(encoding="utf-8")
-    assert html.count('class="edge old"') == 3  # into reward, ppo and evaluate
+    assert html.count('class="edge old"') == 4  # into reward, referee, ppo and evaluate
 
 
 def test_results_that_are_newer_than_the_run_are_told(checkout: Path) -> None:

@@ -22,7 +22,7 @@ def states(clone: Path) -> dict[str, str]:
     return {stage["name"]: stage["state"] for stage in last_run(clone)["stages"]}
 
 
-STAGES = ["validate", "tokenize", "pretrain", "sft", "reward", "ppo", "quantize", "evaluate"]
+STAGES = ["validate", "tokenize", "pretrain", "sft", "reward", "referee", "ppo", "quantize", "evaluate"]
 CACHED = dict.fromkeys(["ingest", *STAGES], "cached")
 
 
@@ -103,7 +103,7 @@ def check_mlflow(clone: Path, run: dict[str, Any]) -> None:
         if stage in STAGES:
             assert child.data.tags["forja.dvc_out"] == lock[stage]["outs"][0]["md5"]
             assert child.inputs.dataset_inputs[0].dataset.digest == run["data_version"]
-        if stage in ("pretrain", "sft", "reward", "ppo"):
+        if stage in ("pretrain", "sft", "reward", "referee", "ppo"):
             text = (clone / "artifacts" / stage / "curves.jsonl").read_text()
             rows = [json.loads(line) for line in text.split("\n") if line]
             key = "kl" if stage == "ppo" else "loss"

@@ -73,6 +73,7 @@ def folders(tmp_path, save_checkpoint, tokenizer):
         "pretrain": save_checkpoint("pretrain", seed=1, prompts=False, context=128),
         "sft": save_checkpoint("sft", seed=2, context=128),
         "reward": save_checkpoint("reward", seed=3, head="scalar", context=128),
+        "referee": save_checkpoint("referee", seed=4, head="scalar", context=128),
         "ppo": save_checkpoint("ppo", seed=2, context=128),
         "quantize": tmp_path / "quantize",
     }
@@ -99,12 +100,15 @@ def test_the_stage_measures_all_that_gates_may_name_and_keeps_the_rows(folders, 
     wanted |= {f"{m}.{kind}" for m in ("sft", "ppo") for kind in ("rouge1", "rouge2", "rougeL", "bleu")}
     wanted |= {"bias.mean", "bias.max", "bias.std", "reward.accuracy", "reward.low", "reward.high", "reward.n"}
     wanted |= {"ppo.gain", "ppo.gain.low", "ppo.gain.high", "ppo.kl", "contamination.rows"}
+    wanted |= {"ppo.referee_gain", "ppo.referee_gain.low", "ppo.referee_gain.high", "referee.accuracy"}
+    wanted |= {"referee.correlation", "sft.referee_reward", "sft.length", "ppo.length"}
     wanted |= {f"{m}.{kind}" for m in ("int8", "int4") for kind in ("bytes_ratio", "bits_per_byte_ratio")}
     assert wanted <= set(metrics)
     assert all(math.isfinite(v) for v in metrics.values())
 
     # PPO and SFT are the same weights here: with the same seeds they say the same, so nothing is gained or drifts.
     assert metrics["ppo.gain"] == metrics["ppo.gain.low"] == metrics["ppo.gain.high"] == 0.0
+    assert metrics["ppo.referee_gain"] == metrics["ppo.referee_gain.low"] == 0.0
     assert metrics["ppo.kl"] == 0.0
     assert metrics["ppo.rougeL"] == metrics["sft.rougeL"]
     assert metrics["contamination.rows"] == 0
@@ -120,6 +124,8 @@ def test_the_stage_measures_all_that_gates_may_name_and_keeps_the_rows(folders, 
     assert metrics["choice.accuracy"] == sum(right) / 8
     assert metrics["bias.mean"] == pytest.approx(statistics.mean(r["difference"] for r in parts["bias"]), abs=1e-5)
     assert metrics["reward.accuracy"] == statistics.mean(r["chosen"] > r["rejected"] for r in parts["preference"])
+    right = [r["referee.chosen"] > r["referee.rejected"] for r in parts["preference"]]
+    assert metrics["referee.accuracy"] == statistics.mean(right)
 
 
 def test_the_stage_is_deterministic(folders, tmp_path):
@@ -138,6 +144,23 @@ def test_ppo_is_judged_by_prompt_against_sft(folders, tmp_path, save_checkpoint)
     assert metrics["ppo.gain.low"] < metrics["ppo.gain"] < metrics["ppo.gain.high"]
     assert metrics["ppo.kl"] == pytest.approx(statistics.mean(row["kl"] for row in rows), abs=1e-5)
     assert metrics["ppo.kl"] > 1.0
+    won = [row["ppo.referee_reward"] - row["sft.referee_reward"] for row in rows]
+    assert metrics["ppo.referee_gain"] == pytest.approx(statistics.mean(won), abs=1e-5)
+    assert metrics["ppo.referee_gain"] != metrics["ppo.gain"]
+
+
+def test_the_referee_agrees_with_itself_and_not_with_its_opposite(folders, tmp_path, save_checkpoint):
+    """A referee that is the reward model sees the same gain; one with the head turned round sees as great a loss."""
+    folders["ppo"] = save_checkpoint("other", seed=9, context=128)
+    opposite = checkpoint.load(folders["reward"], device="cpu").model
+    for weight in opposite.head.parameters():
+        weight.data.neg_()
+    templates = evaluate.load(folders["sft"]).prompts
+    checkpoint.save(opposite, tmp_path / "opposite", folders["sft"] / "tokenizer.json", templates)
+    for name, folder, sign in (("a", folders["reward"], 1), ("b", tmp_path / "opposite", -1)):
+        metrics, _, _ = evaluated({**folders, "referee": folder}, tmp_path / name)
+        assert metrics["ppo.referee_gain"] == pytest.approx(sign * metrics["ppo.gain"], abs=1e-6)
+        assert metrics["referee.correlation"] == pytest.approx(sign, abs=1e-6)
 
 
 def test_a_training_row_that_holds_a_test_row_is_counted_and_named(folders, tmp_path):
@@ -157,7 +180,8 @@ def test_what_has_no_test_rows_has_no_metric_and_its_gate_holds(folders, tmp_pat
         (folders["validate"] / f"{name}.jsonl").write_text("")
     gates = [{"name": name, "metric": name, "above": 0} for name in ("ppo.gain.low", "reward.accuracy", "ppo.rougeL")]
     metrics, _, verdict = evaluated(folders, tmp_path / "out", config(gates=gates, bias={}))
-    assert not {"choice.accuracy", "ppo.gain", "reward.accuracy", "bias.mean"} & set(metrics)
+    missing = {"choice.accuracy", "ppo.gain", "ppo.referee_gain", "reward.accuracy", "referee.accuracy", "bias.mean"}
+    assert not missing & set(metrics)
     assert [g["reason"] for g in verdict["gates"]] == [
         "ppo.gain.low: no metric ppo.gain.low",
         "reward.accuracy: no metric reward.accuracy",

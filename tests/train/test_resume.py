@@ -1,4 +1,4 @@
-"""The four trainings on a tiny table: killed at a step and started again, each ends in the undisturbed run's bytes."""
+"""The trainings on a tiny table: killed at a step and started again, each ends in the undisturbed run's bytes."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from components.artifact import ForjaError, sha256
 from components.data import tokenize
 from components.log import Metrics, silent
 from components.model.checkpoint import load, save
-from components.train import ppo, pretrain, reward, sft
+from components.train import ppo, pretrain, referee, reward, sft
 
 SHAPE = yaml.safe_load(Path("conf/models/demo.yaml").read_text()) | {
     "context": 64,
@@ -57,7 +57,8 @@ CONFIGS = {
         val_rows=4,
         sample_rows=2,
     ),
-    reward: reward.Config(**TRAINING | SFT, margin=0.0, val_rows=4),
+    reward: reward.Config(**TRAINING | SFT, share=0.6, margin=0.0, val_rows=4),
+    referee: referee.Config(**TRAINING | SFT, share=0.4, margin=0.0, val_rows=4),
     ppo: ppo.Config(**TRAINING | {"matrix_lr": None}, **RLHF, val_rows=4, sample_rows=2),
 }
 
@@ -73,7 +74,7 @@ def write_tables(folder: Path) -> None:
     says = lambda text: {"role": "assistant", "content": text}  # noqa: E731
     tables: dict[str, list[dict]] = {"corpus": [], "instructions": [], "preferences": [], "prompts": []}
     for i in range(24):
-        common = {"id": str(i), "lang": "en", "split": ("train", "train", "val", "test")[i % 4]}
+        common = {"id": str(i), "object": str(i), "lang": "en", "split": ("train", "train", "val", "test")[i % 4]}
         asks = [{"role": "user", "content": f"{i} + {i}?"}]
         tables["corpus"].append(common | {"text": f"Doc {i}. " + "some words to learn " * 8})
         tables["instructions"].append(common | {"messages": [*asks, says(f"{2 * i}.")]})

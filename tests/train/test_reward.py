@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from components.data.tokenize import train_bpe
 from components.log import silent
 from components.model.checkpoint import load, save
 from components.model.gpt import GPT, GPTConfig
-from components.train import reward
+from components.train import referee, reward
 from components.train.reward import (
     Pair,
     Single,
@@ -36,7 +37,9 @@ from components.train.reward import (
     with_scalar_head,
 )
 
-CFG = CONFIGS[reward].model_copy(update={"precision": "fp32", "matrix_lr": None, "steps": 4, "eval_every": 2})
+CFG = CONFIGS[reward].model_copy(
+    update={"share": 1.0, "precision": "fp32", "matrix_lr": None, "steps": 4, "eval_every": 2}
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def row(
     said["rejected"] = None if rejected is None else says(rejected)
     asked = [{"role": "user", "content": ask}]
     kept = {key: value for key, value in said.items() if value is not None}
-    return {"id": str(i), "lang": "en", "split": split, "messages": asked, **kept, **more}
+    return {"id": str(i), "object": str(i), "lang": "en", "split": split, "messages": asked, **kept, **more}
 
 
 def test_values_are_read_at_the_last_token(judge: GPT) -> None:
@@ -177,7 +180,14 @@ def test_scores_have_mean_0_and_deviation_1(judge: GPT, policy: GPT) -> None:
     assert normalise(flat, heldout, 0) == 0.0 and score(flat, sequences, 0).tolist() == [0.0] * len(sequences)
 
 
-def stage(tmp_path: Path, policy: GPT, tokenizer: Tokenizer, table: list[dict], **changes: object) -> dict[str, float]:
+def stage(
+    tmp_path: Path,
+    policy: GPT,
+    tokenizer: Tokenizer,
+    table: list[dict],
+    module: ModuleType = reward,
+    **changes: object,
+) -> dict[str, float]:
     """The stage on these rows; its weights are finite, whatever they are."""
     for name in ("validate", "out", "scratch"):
         (tmp_path / name).mkdir()
@@ -186,7 +196,7 @@ def stage(tmp_path: Path, policy: GPT, tokenizer: Tokenizer, table: list[dict], 
     text = "".join(json.dumps(r) + "\n" for r in table)
     (tmp_path / "validate" / "preferences.jsonl").write_text(text)
     cfg = CFG.model_copy(update=changes)
-    metrics = reward.run(cfg, tmp_path / "validate", tmp_path / "sft", tmp_path / "out", tmp_path / "scratch", silent)
+    metrics = module.run(cfg, tmp_path / "validate", tmp_path / "sft", tmp_path / "out", tmp_path / "scratch", silent)
     assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "out" / "model.safetensors").values())
     assert all(math.isfinite(value) for value in metrics.values())
     return metrics
@@ -269,6 +279,39 @@ def test_a_checkpoint_scores_as_it_did(tmp_path: Path, policy: GPT, tokenizer: T
     assert float(values.mean()) == pytest.approx(0, abs=1e-4) and float(values.std()) == pytest.approx(1, abs=1e-3)
     pairs = (values[::2] > values[1::2]).float().mean()
     assert float(pairs) == metrics["val_accuracy"] and metrics["val_swapped_agreement"] == 1.0
+
+
+def test_neither_reward_model_learns_from_the_others_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each one reads of a table with several rows an object: all rows between them, none twice, objects whole."""
+    table = [row(i, f"{i}", "b", split=("train", "train", "val")[i % 3]) | {"object": str(i // 4)} for i in range(600)]
+    taken: dict[str, set[int]] = {}
+    for stage, share in ((reward, 0.7), (referee, 0.3)):
+        cfg = stage.Config.model_validate(CFG.model_dump() | {"share": share})
+        mine: list[Callable] = []
+        monkeypatch.setattr(reward, "learn", lambda cfg, which, *_, mine=mine: mine.append(which))
+        stage.run(cfg, *[Path()] * 4, silent)
+        taken[stage.__name__] = {i for i, r in enumerate(table) if r["split"] == "train" and mine[0](r)}
+    first, second = taken.values()
+    assert not first & second and len(first | second) == 400
+    assert 230 < len(first) < 330
+    assert not {i // 4 for i in first} & {i // 4 for i in second}
+
+
+def test_the_referee_is_a_reward_model_of_its_own_rows(tmp_path: Path, policy: GPT, tokenizer: Tokenizer) -> None:
+    """Among the reward model's objects x is better, among the referee's y: each learns its own, held-out rows alike."""
+    objects = [str(i) for i in range(60)]
+    mine = [reward.place({"object": o}) < 0.5 for o in objects]
+    rows = [
+        row(i, *("xy" if own else "yx")) | {"object": o} for i, (o, own) in enumerate(zip(objects, mine, strict=True))
+    ]
+    rows += [row(60 + i, "x", "y", split="val") for i in range(4)]
+    found = {}
+    for module in (reward, referee):
+        (tmp_path / module.__name__).mkdir()
+        changes = {"steps": 40, "eval_every": 20, "lr": 0.01, "keep": "last", "share": 0.5}
+        found[module] = stage(tmp_path / module.__name__, policy, tokenizer, rows, module, **changes)
+    assert found[reward]["val_accuracy"] == 1.0 and found[referee]["val_accuracy"] == 0.0
+    assert found[reward]["rows"] == sum(mine) and found[referee]["rows"] == 60 - sum(mine)
 
 
 def test_the_demos_recipe_is_whole() -> None:
