@@ -266,3 +266,21 @@ def interval(metrics: Numbers, key: str) -> str:
     low, high, n = (metrics.get(f"{parent}.{end}") for end in ("low", "high", "n"))
     span = f"{number(low, 3)} to {number(high, 3)}" if low is not None and high is not None else ""
     return ", ".join(part for part in (span, f"n = {number(n)}" if n else "") if part)
+
+
+def confirmed(measured: Numbers) -> str:
+    """In words, whether the referee, a reward model of other rows, sees what the policy gained by the first."""
+    low, other_low = measured.get("ppo.gain.low"), measured.get("ppo.referee_gain.low")
+    if low is None or other_low is None:
+        return ""
+    by = [f"{number(measured.get(k), 3)} ({interval(measured, k)})" for k in ("ppo.gain", "ppo.referee_gain")]
+    said = f"On held-out prompts the policy gained {by[0]} by the reward model it learnt from, and {by[1]} by the "
+    said += "referee, a second one that learnt from other rows: "
+    if low <= 0:
+        return said + "nothing is sure to have been gained."
+    if other_low > 0:
+        return said + "the gain is more than a weakness of the first."
+    return (
+        said + "the referee does not confirm it. The policy may have learnt what pleases the first rather than what is "
+        "better (reward hacking): raise kl_coef, train for fewer steps, or give the reward model more pairs."
+    )
