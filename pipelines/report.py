@@ -23,9 +23,10 @@ from pipelines.report_sources import Numbers, read, read_rows, read_yaml
 
 Identities = dict[str, str | None]
 Section = dict[str, Any]  # what the template shows under one heading; "gaps" lists what is missing
+Spec = tuple[str, str, dict[str, str]]
 
 # Charts: title, what it means, and the keys of curves.jsonl with the names they go by.
-TRAININGS = {
+TRAININGS: dict[str, list[Spec]] = {
     "pretrain": [("Pretrain · loss", "Nats a token of the corpus.", {"loss": "train", "val_loss": "val"})],
     "sft": [("SFT · loss", "Nats a token of the answer alone.", {"loss": "train", "val_loss": "val"})],
     "reward": [
@@ -33,12 +34,18 @@ TRAININGS = {
         ("Reward model · accuracy", "Share of pairs put right.", {"accuracy": "train", "val_accuracy": "val"}),
     ],
     "referee": [("Referee · accuracy", "A second one, of other pairs.", {"accuracy": "train", "val_accuracy": "val"})],
-    "ppo": [
-        ("PPO · policy loss", "The clipped surrogate; it stays near 0 by design.", {"policy_loss": "policy"}),
-        ("PPO · value loss", "Squared error of the value model.", {"value_loss": "value"}),
+    "ppo": [  # by whatever algorithm: each draws what it has
+        ("policy loss", "The clipped surrogate; it stays near 0 by design.", {"policy_loss": "policy"}),
+        ("value loss", "Squared error of the value model.", {"value_loss": "value"}),
+        ("loss", "What the algorithm lowers, a row.", {"loss": "train", "val_loss": "val"}),
+        (
+            "accuracy",
+            "Share of preferences that the policy itself puts right.",
+            {"accuracy": "train", "val_accuracy": "val"},
+        ),
     ],
 }
-PPO = [
+PPO: list[Spec] = [
     ("Reward", "Mean score of the answers by the reward model.", {"reward": "train", "val_reward": "val"}),
     ("KL", "Nats an answer, away from the SFT model.", {"kl": "KL"}),
     ("Entropy", "Nats a token: how open the policy still is.", {"entropy": "entropy"}),
@@ -112,7 +119,7 @@ def head(root: Path) -> Section:
         "Gates held": f"{sum(g.passed for g in judged.gates)} of {len(judged.gates)}" if judged else "–",
         "Bits per byte": number(measured.get("pretrain.bits_per_byte")),
         "Pairs put right": sources.percent(measured.get("reward.accuracy")),
-        "Reward gained by PPO": number(measured.get("ppo.gain"), 3),
+        f"Reward gained by {algorithm(root)}": number(measured.get("ppo.gain"), 3),
         "int8 weights": sources.size(small.get("int8.bytes")),
         "The run took": sources.duration(run.ended - run.started if run.ended and run.started else None),
     }
@@ -140,7 +147,12 @@ def training(root: Path) -> Section:
     """The loss of the trainings by step, and how well the reward model knows what it knows."""
     gaps: list[str] = []
     rows = {stage: read_rows(root, f"artifacts/{stage}/curves.jsonl", Numbers, gaps) for stage in TRAININGS}
-    charts = [chart(rows[stage], *spec) for stage, specs in TRAININGS.items() if rows[stage] for spec in specs]
+    named = {"ppo": f"{algorithm(root)} · "}
+    charts = [
+        chart(rows[stage], f"{named.get(stage, '')}{title}", note, keys)
+        for stage, specs in TRAININGS.items()
+        for title, note, keys in _drawn(rows[stage], specs)
+    ]
     bins = read(root, "artifacts/reward/calibration.json", list[sources.Bin], gaps)
     return {"charts": [*charts, *([calibration(bins)] if bins else [])], "gaps": gaps}
 
@@ -158,26 +170,22 @@ def ppo(root: Path) -> Section:
     gaps: list[str] = []
     rows = read_rows(root, "artifacts/ppo/curves.jsonl", Numbers, gaps)
     alarms = read(root, "artifacts/ppo/alarms.json", list[sources.Alarm], gaps)
-    said = confirmed(read(root, MEASURED, Numbers, []) or {})
-    return {"charts": [chart(rows, *spec) for spec in PPO if rows], "alarms": alarms, "referee": said, "gaps": gaps}
+    charts = [chart(rows, *spec) for spec in _drawn(rows, PPO)]
+    said = sources.confirmed(read(root, MEASURED, Numbers, []) or {})
+    return {"algorithm": algorithm(root), "charts": charts, "alarms": alarms, "referee": said, "gaps": gaps}
 
 
-def confirmed(measured: Numbers) -> str:
-    """In words, whether the referee, a reward model of other rows, sees what PPO gained by the one it learnt from."""
-    low, other_low = measured.get("ppo.gain.low"), measured.get("ppo.referee_gain.low")
-    if low is None or other_low is None:
-        return ""
-    by = [f"{number(measured.get(k), 3)} ({sources.interval(measured, k)})" for k in ("ppo.gain", "ppo.referee_gain")]
-    said = f"On held-out prompts PPO gained {by[0]} by the reward model it learnt from, and {by[1]} by the referee, "
-    said += "a second one that learnt from other rows: "
-    if low <= 0:
-        return said + "nothing is sure to have been gained."
-    if other_low > 0:
-        return said + "the gain is more than a weakness of the first."
-    return (
-        said + "the referee does not confirm it. The policy may have learnt what pleases the first rather than what is "
-        "better (reward hacking): raise kl_coef, train for fewer steps, or give the reward model more pairs."
-    )
+def algorithm(root: Path) -> str:
+    """That of the stage `ppo`, by the result that lies here or else by the recipe in force."""
+    record = read(root, "artifacts/ppo/record.json", Record, [])
+    section = record.config if record else read_yaml(root, "params.yaml", []).get("ppo")
+    return str(section.get("algorithm", "ppo") if isinstance(section, dict) else "ppo").upper()
+
+
+def _drawn(rows: list[Numbers], specs: list[Spec]) -> list[Spec]:
+    """The charts of which the curves hold anything."""
+    known = {key for row in rows for key, value in row.items() if value is not None}
+    return [spec for spec in specs if known & spec[2].keys()]
 
 
 def chart(rows: list[Numbers], title: str, note: str, keys: Mapping[str, str]) -> Markup:

@@ -11,8 +11,8 @@ import yaml
 from components.artifact import digest, to_json, write_record
 from pipelines.dvc import lock_hash
 from pipelines.identity import STAGES
-from pipelines.report import confirmed, write
-from pipelines.report_sources import duration, size, total, visible
+from pipelines.report import write
+from pipelines.report_sources import confirmed, duration, size, total, visible
 
 INPUTS = {
     "validate": ["data"],
@@ -218,7 +218,7 @@ def test_whole_run(checkout: Path) -> None:
         *("gates", "training", "ppo", "samples", "data", "quality", "lineage", "cost", "recipe")
     ]
     assert sum(t == "figure" for t, _ in page.tags) == 15
-    assert "Rollout 9: KL 3 times its target <b>; lower lr" in section(checkout, "ppo")
+    assert "Step 9: KL 3 times its target <b>; lower lr" in section(checkout, "ppo")
     gate = " ".join(section(checkout, "gates").split())
     assert "better than xzholds 2.104below 2.3110.207 2.104 is below 2.311" in gate
     assert "KL within its budgetfails –at most 12– ppo.kl is missing" in gate
@@ -235,6 +235,21 @@ def test_whole_run(checkout: Path) -> None:
     assert "7 min 25 s in all" in section(checkout, "cost")  # ingest and 9 stages, 4 + 9 i seconds: 40 + 9 * 45 = 445
     for i in range(10):
         assert f"{i:x}a" * 16 in section(checkout, "lineage")
+
+
+def test_a_run_without_a_value_model_speaks_of_none(checkout: Path) -> None:
+    """What GRPO and DPO leave: their own curves, and nothing of what only PPO has."""
+    folder = checkout / "artifacts/ppo"
+    kept = [{k: v for k, v in ppo_row(s).items() if k not in ("value_loss", "explained_variance")} for s in (1, 2)]
+    preferring = [{"step": s, "loss": 0.7 / s, "accuracy": 0.5, "val_reward": 1.0} for s in (1, 2)]
+    for name, curve in (("grpo", kept), ("dpo", preferring)):
+        rows(folder / "curves.jsonl", curve)
+        write_record(folder, "ppo", code="c0de", config={"algorithm": name})
+        page = report(checkout)
+        said = section(checkout, "ppo") + section(checkout, "training")
+        assert "value" not in said and "Explained" not in said and "PPO" not in page.text
+        assert f"{name.upper()} · " in section(checkout, "training") and page.open == []
+        assert ("Clip fraction" in said) == (name == "grpo")
 
 
 def test_opens_without_network_and_runs_nothing(checkout: Path) -> None:
