@@ -47,8 +47,9 @@ def _right(scores: str, row: Row) -> float | None:
     return float(all(own > other for i, other in enumerate(row[scores]) if i != row["answer"]))
 
 
-def _gain(row: Row) -> float | None:
-    return row["ppo.reward"] - row["sft.reward"] if "ppo.reward" in row and "sft.reward" in row else None
+def _gain(score: str, row: Row) -> float | None:
+    ours, theirs = (_field(f"{model}.{score}", row) for model in ("ppo", "sft"))
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def _bias(kind: str, row: Row) -> float | None:
@@ -61,7 +62,10 @@ def _field(name: str, row: Row) -> float | None:
 
 
 MEASURES = [
-    Measure("ppo.gain", "reward gained over SFT", 1, "ppo", "gain", _gain, judge="reward"),
+    Measure("ppo.gain", "reward gained over SFT", 1, "ppo", "gain", partial(_gain, "reward"), judge="reward"),
+    Measure(
+        "ppo.referee_gain", "gain, by the referee", 1, "ppo", "gain", partial(_gain, "referee_reward"), judge="referee"
+    ),
     Measure("ppo.reward", "mean reward", 1, "ppo", "gain", partial(_field, "ppo.reward"), judge="reward"),
     Measure("ppo.kl", "KL to SFT, nats an answer", -1, "ppo", "gain", partial(_field, "kl")),
     Measure("choice.accuracy", "four-choice accuracy", 1, "ppo", "choice", partial(_right, "choice")),
@@ -72,6 +76,9 @@ MEASURES = [
     Measure("sft.bits_per_byte", "bits per byte, SFT", -1, "sft", digits=5),
     Measure("pretrain.bits_per_byte", "bits per byte, base model", -1, "pretrain", digits=5),
     Measure("reward.accuracy", "reward model, pairs put right", 1, "reward", "preference", partial(_field, "right")),
+    Measure(
+        "referee.accuracy", "referee, pairs put right", 1, "referee", "preference", partial(_field, "referee.right")
+    ),
     Measure("bias.mean", "bias, mean difference", -1, "ppo", "bias", partial(_bias, "")),
     *(
         Measure(f"bias.{kind}.mean", f"bias, {kind}", -1, "ppo", "bias", partial(_bias, kind))

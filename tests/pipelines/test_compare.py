@@ -136,6 +136,21 @@ def test_what_can_not_be_compared_says_why() -> None:
     assert found["why"] == "not comparable: other data, and these rows keep no text to tell by"
 
 
+def test_the_referee_is_asked_too() -> None:
+    """The first reward model sees half a point more, the referee a quarter less."""
+    first = [{**row, "ppo.referee_reward": 1.0 + i, "sft.referee_reward": float(i)} for i, row in enumerate(ROWS)]
+    second = [
+        {**r, "ppo.reward": r["ppo.reward"] + 0.5, "ppo.referee_reward": r["ppo.referee_reward"] - 0.25} for r in first
+    ]
+    a, b = made("a", first), made("b", second)
+    for run in (a, b):
+        run.stages["evaluate"].metrics["ppo.referee_gain"] = 1.0
+        run.stages["referee"] = run.stages["reward"]
+    assert difference(a, b, "ppo.gain")["verdict"] == "better"
+    assert difference(a, b, "ppo.referee_gain")["value"] == -0.25
+    assert difference(a, b, "ppo.referee_gain")["verdict"] == "worse"
+
+
 def test_rows_that_only_one_run_has_are_told() -> None:
     found = difference(made("a", ROWS), made("b", ROWS[:30]), "ppo.gain")
     assert found["n"] == 30 and found["note"] == "other rows: on the 30 in both, of 40 and 30"
