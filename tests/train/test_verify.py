@@ -79,17 +79,17 @@ def judged(made: dict[str, Path], root: Path, code: str, **changes: Any) -> tupl
 
 @pytest.mark.parametrize("changes", [{}, GRPO], ids=["ppo", "grpo"])
 def test_a_function_of_ones_own_is_learnt_from(changes: dict[str, Any], made: dict[str, Path], tmp_path: Path) -> None:
-    """More letters e in a longer answer are better; the function sees the prompt's own words and truth."""
+    """The shorter the better; the function sees the prompt's own words and truth."""
     code = """
 def mine(prompt, answer, truth):
     assert prompt == f"count {truth}"
-    return answer.count("e") + len(answer) / 10
+    return -len(answer) / 10
 """
-    metrics, out = judged(made, tmp_path, code, steps=8, lr=3e-3, unfinished=1.0, keep="best", **changes)
+    metrics, out = judged(made, tmp_path, code, steps=10, lr=3e-3, unfinished=-3.0, keep="best", **changes)
     assert metrics["dropped"] == metrics["dropped.truth"] == 1
     assert metrics["val_reward"] > metrics["val_reward_before"]
     first = json.loads((out / "evaluations.jsonl").read_text().splitlines()[0])["answers"][0]
-    assert first["reward"] == pytest.approx(first["text"].count("e") + len(first["text"]) / 10, abs=0.11)  # stripped
+    assert first["reward"] == pytest.approx(-len(first["text"]) / 10)
 
 
 def test_a_default_truth_takes_every_prompt(made: dict[str, Path], tmp_path: Path) -> None:
