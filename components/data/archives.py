@@ -6,6 +6,7 @@ A member that climbs out of its folder, a link, a device, or one that is encrypt
 import bz2
 import gzip
 import io
+import lzma
 import stat
 import tarfile
 import zipfile
@@ -19,14 +20,14 @@ Member = tuple[str, IO[bytes] | None, str | None]  # its name, its bytes, and wh
 
 def errors() -> tuple[type[Exception], ...]:
     """What a broken container raises; NotImplementedError is zipfile's word for a compression it does not know."""
-    return (EOFError, OSError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)
+    return (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)
 
 
 def unpacked(f: IO[bytes], packed: str | None) -> IO[bytes]:
     """The bytes of a stream without its compression."""
     if packed is None:
         return f
-    opener: Any = {"gz": gzip.open, "bz2": bz2.open, "zst": _zstandard}[packed]
+    opener: Any = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "zst": _zstandard}[packed]
     opened: IO[bytes] = opener(f)
     return opened
 

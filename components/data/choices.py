@@ -11,9 +11,10 @@ from components.data.strict import Unfit
 Rows = list[tuple[str, dict[str, Any]]]
 
 ASKED = ("query", "question", "question_stem", "context", "ctx", "sentence", "input")
-PASSAGES = ("article", "passage", "premise", "context")
-RIGHT = ("gold", "answer", "label", "answerKey", "correct", "target")
-NUMBERED = re.compile(r"(?:choice|option|opcion|ending|sol)_?(\d+|[a-z])", re.IGNORECASE)
+PASSAGES = ("article", "passage", "premise", "context", "support")
+RIGHT = ("gold", "answer", "label", "answerKey", "correct", "target", "cop", "correct_option")
+NUMBERED = re.compile(r"(?:(?:choice|option|opcion|ending|sol|answer)_?(\d+|[a-j])|op[a-d])", re.IGNORECASE)
+WRONG = re.compile(r"(?:distractor|incorrect_answer)_?\d*s?")
 
 
 def name_of(value: Mapping[str, Any]) -> str | None:
@@ -31,8 +32,14 @@ def name_of(value: Mapping[str, Any]) -> str | None:
         return "winogrande"
     if "goal" in has and "sol1" in has:
         return "piqa"
+    if "sent_more" in has and "sent_less" in has:
+        return "crows-pairs"
+    if "question" in has and "correct_answer" in has and any(WRONG.fullmatch(key) for key in has):
+        return "distractors"
     if has.isdisjoint(RIGHT) or has.isdisjoint(ASKED):
         return None
+    if "question" in has and "passage" in has and _yes_or_no(value) is not None:
+        return "boolq"
     if isinstance(value.get("choices"), dict) and "text" in value["choices"]:
         return "arc"
     if any(isinstance(value.get(key), list | dict) for key in ("choices", "options")):
@@ -78,6 +85,44 @@ def _asked(value: Mapping[str, Any]) -> Any:
     return asked if about in (None, asked) or not isinstance(asked, str) else f"{about}\n\n{asked}"
 
 
+def _yes_or_no(value: Mapping[str, Any]) -> int | None:
+    """0 for no, 1 for yes: BoolQ's `answer` true or false, or SuperGLUE's `label` 0 or 1."""
+    said = value["answer"] if "answer" in value else value.get("label")
+    if isinstance(said, str):
+        said = {"true": True, "false": False}.get(said.strip().lower())
+    return int(said) if isinstance(said, bool) or ("answer" not in value and said in (0, 1)) else None
+
+
+def _boolq(value: Any) -> Rows:
+    value = _mapping(value)
+    return _row(_asked(value), ["no", "yes"], _yes_or_no(value))
+
+
+def _drawn(question: Any, right: str, wrong: list[str], key: str) -> Rows:
+    """The right answer among the wrong ones, in a place drawn by hash."""
+    at = hashed(f"choice/{key}") % (len(wrong) + 1)
+    return _row(question, [*wrong[:at], right, *wrong[at:]], at)
+
+
+def _distractors(value: Any) -> Rows:
+    value = _mapping(value)
+    held = [value[key] for key in value if WRONG.fullmatch(key)]
+    wrong = [text for part in held for text in (part if isinstance(part, list) else [part]) if text not in (None, "")]
+    question, right = value.get("question"), value.get("correct_answer")
+    if not isinstance(right, str) or not isinstance(question, str):
+        raise Unfit("missing field: question or correct_answer")
+    return _drawn(_asked({**value, "query": question}), right, wrong, question)
+
+
+def _crows_pairs(value: Any) -> Rows:
+    """Two sentences that differ in a group of people. The one that says less of a stereotype counts as the answer."""
+    value = _mapping(value)
+    more, less, kind = value.get("sent_more"), value.get("sent_less"), value.get("bias_type")
+    if not isinstance(more, str) or not isinstance(less, str):
+        raise Unfit("missing field: sent_more or sent_less")
+    return _drawn(kind if isinstance(kind, str) and kind.strip() else "stereotype", less, [more], more + less)
+
+
 def _choices(value: Any) -> Rows:
     value = _mapping(value)
     found = value["choices"] if "choices" in value else value.get("options")
@@ -90,7 +135,7 @@ def _mmlu(value: Any) -> Rows:
     value = _mapping(value)
     keys = [key for key in value if NUMBERED.fullmatch(key)] or [key for key in "ABCDEFGHIJ" if key in value]
     found = [value[key] for key in keys if value[key] not in (None, "")]
-    return _row(_asked(value), found, _index(value, found))
+    return _row(_asked(value), found, _index(value, found, first=1 if "answerA" in value else 0))
 
 
 def _arc(value: Any) -> Rows:
@@ -127,8 +172,7 @@ def _truthfulqa(value: Any) -> Rows:
         raise Unfit("missing field: Question, Best Answer or Incorrect Answers")
     parts = wrong.split(";") if isinstance(wrong, str) else [text for text in wrong if isinstance(text, str)]
     found = [text for part in parts if (text := part.strip())]
-    at = hashed(f"choice/{question}") % (len(found) + 1)
-    return _row(question, [*found[:at], best, *found[at:]], at)
+    return _drawn(question, best, found, question)
 
 
 def _winogrande(value: Any) -> Rows:
@@ -168,4 +212,7 @@ SHAPES: dict[str, Callable[[Any], Rows]] = {
     "truthfulqa": _truthfulqa,
     "winogrande": _winogrande,
     "piqa": _piqa,
+    "boolq": _boolq,
+    "distractors": _distractors,
+    "crows-pairs": _crows_pairs,
 }

@@ -14,7 +14,9 @@ from components.data.strict import Unfit
 Message = dict[str, Any]
 Rows = list[tuple[str, dict[str, Any]]]
 
-CHATS = ("messages", "conversations", "conversation", "dialogue")
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "items", "data")
+LOOSE = ("items", "data")
+PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"))
 QUESTION = ("prompt", "question", "instruction")
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "usuario"), "user"),
@@ -28,13 +30,27 @@ SAID = re.compile(r"\n\n(Human|Assistant):")  # hh-rlhf, Bai et al. 2022
 
 def chat(found: Sequence[Any]) -> str | None:
     """The name of a list of turns: tool-chat, sharegpt or chat; None where it holds no turns."""
-    if not found or not all(isinstance(turn, dict) for turn in found):
+    if not found or _in_turn(found):
+        return "chat" if found else None
+    if not all(isinstance(turn, dict) for turn in found):
         return None
     if not any("role" in turn or "from" in turn for turn in found):
         return None
     if any(_uses_tool(turn) for turn in found):
         return "tool-chat"
     return "sharegpt" if "from" in found[0] else "chat"
+
+
+def _in_turn(found: Sequence[Any]) -> list[Message] | None:
+    """Turns that name no speaker: texts by turns the user's and the assistant's, or objects of a question and its
+    answer."""
+    if all(isinstance(turn, str) for turn in found):
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(found)]
+    for asked, answer in PAIRS:
+        if all(isinstance(turn, dict) and asked in turn and answer in turn and "role" not in turn for turn in found):
+            roles = ((asked, "user"), (answer, "assistant"))
+            return [{"role": role, "content": turn[key]} for turn in found for key, role in roles]
+    return None
 
 
 def _uses_tool(turn: Mapping[str, Any]) -> bool:
@@ -60,7 +76,7 @@ def turns(found: Any) -> list[Message]:
         raise Unfit("missing field: messages")
     messages: list[Message] = []
     system: list[str] = []
-    for at, turn in enumerate(found, start=1):
+    for at, turn in enumerate(_in_turn(found) or found, start=1):
         message = _turn(turn, at)
         if message["role"] != "system":
             messages.append(message)

@@ -1,10 +1,11 @@
 """Files as records: what stands in them one by one, with its place, and for what cannot be read the reason.
 
 Text is read in pieces, JSONL by lines, JSON by its values, CSV and TSV by rows, Parquet and Arrow by rows; plain or as
-.gz, .bz2 or .zst; and the members of .zip and .tar, which are never written to disk. Everything streams: a file's size
-does not show in memory. After a broken container one last record says so, and what was read before it counts.
+.gz, .bz2, .xz or .zst; and the members of .zip and .tar, which are never written to disk. Everything streams: a file's
+size does not show in memory. After a broken container one last record says so, and what was read before it counts.
 """
 
+import codecs
 import glob
 import json
 import re
@@ -21,13 +22,14 @@ LINE = 1 << 26  # bytes; a longer line or value is turned away
 WHOLE = 20_000  # bytes; a longer text is cut between paragraphs into pieces of about
 PIECE = 3_000
 RAW = 2_000  # bytes of a line too long that are kept as its raw
-PACKED = {".gz": "gz", ".bz2": "bz2", ".zst": "zst"}
+PACKED = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
 KINDS = {
     **dict.fromkeys((".txt", ".md", ".text"), "text"),
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
     **{".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow"},
     **{".zip": "zip", ".tar": "tar", ".tgz": "tar"},
 }
+TEXTS = ("text", "jsonl", "json", "csv", "tsv")
 SPLITS = {"train": "train", "test": "test", "dev": "val", "val": "val", "valid": "val", "validation": "val"}
 ABOUT = re.compile(r"(?:^|[_.-])(?:readme|licen[cs]e|notice|changelog)(?:[_.-]|$)", re.IGNORECASE)
 SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `datasets` writes beside the rows
@@ -158,7 +160,10 @@ def _of_path(path: Path, name: str, kind: str | None, packed: str | None, part: 
 
 
 def _of_stream(f: IO[bytes], name: str, kind: str | None, part: Part | None = None) -> Iterator[Record]:
-    if kind == "text":
+    if kind in TEXTS and _beginning(f) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if part is None or part.line == 1:
+            yield Record(name, 1, None, b"", "not UTF-8: the file is UTF-16; convert it by `iconv -f UTF-16 -t UTF-8`")
+    elif kind == "text":
         yield from _pieces(name, lines(f, part), cut=part is not None)
     elif kind == "jsonl":
         yield from _jsonl(name, f, part)
@@ -173,6 +178,12 @@ def _of_stream(f: IO[bytes], name: str, kind: str | None, part: Part | None = No
         yield from _members(name, f, kind)
     else:
         raise ForjaError(f"{name}: its ending is none of {', '.join(KINDS)}; rename the file")
+
+
+def _beginning(f: IO[bytes]) -> bytes:
+    """A stream's first two bytes, which stay to be read."""
+    found: bytes = f.peek(2)[:2]  # type: ignore[attr-defined]  # what is opened here can look ahead
+    return found
 
 
 def lines(f: IO[bytes], part: Part | None = None) -> Iterator[tuple[int, bytes, bool]]:

@@ -18,12 +18,14 @@ Row = Mapping[str, Any]
 
 
 class Limits(BaseModel, frozen=True, extra="forbid"):
-    """One table's limits: characters of a row's content, the share of read rows that may break a rule, and the share of
-    one class among rows that have one: the place of the right choice, or the verdict on a single answer."""
+    """One table's limits: characters of a row's content, the shares of read rows that may break a rule or be copies,
+    and the share of one class among rows that have one: the place of the right choice, or the verdict on a single
+    answer."""
 
     min_chars: int = Field(ge=1)
     max_chars: int = Field(ge=1)
     max_rejected_share: float = Field(ge=0, le=1)
+    max_duplicate_share: float | None = Field(ge=0, le=1)
     max_class_share: float | None = Field(gt=0, le=1)
 
 

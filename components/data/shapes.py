@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from components.data import choices, dialogues
-from components.data.dialogues import CHATS, QUESTION, turns
+from components.data import choices, compared, dialogues
+from components.data.dialogues import CHATS, LOOSE, QUESTION, turns
 from components.data.names import plain
 from components.data.strict import Unfit
 
@@ -18,10 +18,10 @@ Shape = str
 Rows = list[tuple[str, dict[str, Any]]]
 
 TEXT = ("text", "content", "document", "raw_content", "body")
-ANSWERS = ("completion", "response", "continuation", "output", "answer", "target")
+ANSWERS = ("completion", "response", "continuation", "output", "solution", "canonical_solution", "answer", "target")
 ALPACA = ("output", "response", "answer")
-DIRECT = ("prompt", "query", "question", "instruction")
-ASKED = ("prompt", "context", "query", "input", "question", "instruction")
+DIRECT = ("prompt", "query", "question", "instruction", "problem")
+ASKED = ("prompt", "context", "query", "input", "question", "instruction", "problem")
 ANSWERED = re.compile("answer|response|option|choice|distractor|winner", re.IGNORECASE)  # then it is no bare question
 
 
@@ -47,9 +47,11 @@ def _by_keys(value: Mapping[str, Any]) -> Shape | None:
         return dialogues.preference(value)
     if "preferred_output" in has and "non_preferred_output" in has:
         return "preference-turns"
+    if compared.form_of(value):
+        return "preference-compared"
     if "kto_tag" in has:
         return "kto"
-    if chat := next((key for key in CHATS if isinstance(value.get(key), list)), None):
+    if chat := next((key for key in CHATS if _holds_turns(value, key)), None):
         if isinstance(value.get("label"), bool):
             return "kto"
         return dialogues.chat(value[chat])
@@ -72,6 +74,14 @@ def _by_keys(value: Mapping[str, Any]) -> Shape | None:
     if has.isdisjoint(QUESTION) or any(ANSWERED.search(key) for key in has):
         return None
     return "prompt"
+
+
+def _holds_turns(value: Mapping[str, Any], key: str) -> bool:
+    """Whether a list is a dialogue. Under a name that may mean anything, texts are one only where nothing else is."""
+    found = value.get(key)
+    if not isinstance(found, list) or dialogues.chat(found) is None:
+        return False
+    return key not in LOOSE or isinstance(found[0], dict) or value.keys() <= {"id", key}
 
 
 def detect(sample: list[Any]) -> Shape:
@@ -177,7 +187,8 @@ def _text(value: Any) -> Rows:
 def _dialogue(asked: str, answer: str, value: Mapping[str, Any]) -> Rows:
     before = dialogues.history(value.get("history"))
     messages = [*before, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return [("instructions", {"messages": dialogues.with_system(value.get("system"), messages)})]
+    system = value["system_prompt"] if "system_prompt" in value else value.get("system")
+    return [("instructions", {"messages": dialogues.with_system(system, messages)})]
 
 
 def _alpaca(value: Any) -> Rows:
@@ -221,6 +232,8 @@ def _pairs(value: Any) -> Rows:
     answer = value.get("answer")
     if isinstance(answer, list) and answer:
         answer = answer[0]
+    if isinstance(answer, dict):  # as TriviaQA has it
+        answer = answer.get("value")
     asked = _asked_with_input(text_of(value, ("question",)), value)
     return _dialogue(asked, text_of({"answer": answer}, ("answer",)), value)
 
@@ -256,6 +269,7 @@ SHAPES: dict[Shape, Callable[[Any], Rows]] = {
     "prompt": _prompt,
     **{name: dialogues.rows for name in ("chat", "sharegpt", "tool-chat")},
     **{f"preference-{kind}": dialogues.preferences for kind in ("dialogue", "text", "turns")},
+    "preference-compared": lambda value: dialogues.preferences(compared.paired(_mapping(value))),
     "kto": dialogues.kto,
     **choices.SHAPES,
 }

@@ -111,12 +111,13 @@ def suite(table: str, limits: Limits) -> list[Any]:
 
 
 def expectations(
-    kept: Mapping[str, "pandas.DataFrame"], broken: Mapping[str, Sequence[str | None]], limits: Mapping[str, Limits]
-) -> dict[str, list[dict[str, Any]]]:
+    kept: Mapping[str, "pandas.DataFrame"], broken: Mapping[str, Sequence[str | None]],
+    copies: Mapping[str, Sequence[str | None]], limits: Mapping[str, Limits],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """The results of every suite by table: {expectation, column, kwargs, success, rows, unexpected, examples}.
 
-    `kept` holds the facts about the kept rows; `broken` one entry for each row read: the rule it broke, with its place,
-    or None.
+    `kept` holds the facts about the kept rows; `broken` and `copies` one entry for each row read: the rule it broke, or
+    what it is a copy of, with its place, or None.
     """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which reads it
     import great_expectations as gx
@@ -129,9 +130,11 @@ def expectations(
     source = context.data_sources.add_pandas("forja")
     found: dict[str, list[dict[str, Any]]] = {}
     for table, facts_of in kept.items():
-        mostly = 1 - limits[table].max_rejected_share
-        read = pandas.DataFrame({"broken_rule": pandas.Series(broken[table], dtype=object)})
-        whole = [gxe.ExpectColumnValuesToBeNull(column="broken_rule", mostly=mostly)]
+        columns = {"broken_rule": broken[table], "copy_of": copies[table]}
+        read = pandas.DataFrame({name: pandas.Series(said, dtype=object) for name, said in columns.items()})
+        shares = {"broken_rule": limits[table].max_rejected_share, "copy_of": limits[table].max_duplicate_share}
+        allowed = [(column, 1 - share) for column, share in shares.items() if share is not None]
+        whole = [gxe.ExpectColumnValuesToBeNull(column=column, mostly=mostly) for column, mostly in allowed]
         found[table] = []
         for name, data, wanted in (("read", read, whole), ("kept", facts_of, suite(table, limits[table]))):
             asset = source.add_dataframe_asset(f"{table} {name}")

@@ -82,6 +82,7 @@ def run(cfg: Config, data: Path, out: Path, log: Log, executor: Executor = HERE)
     found = suites.expectations(
         {t.name: suites.frame(t.name, t.kept(), t.contents(), s) for t, s in splits_of_objects(tables)},
         {t.name: t.broken() for t in tables},
+        {t.name: t.copies() for t in tables},
         limits,
     )
     _verdict(found)

@@ -2,7 +2,7 @@
 bytes a row, whatever the length of the text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,8 @@ from components.data.suites import FACTS
 
 STAYS = {"test": 0, "val": 1, "train": 2}  # which of several copies is kept
 # Reasons that no rule of a row gives: they do not speak against the data as a whole.
-LATER = ("duplicate", "near-duplicate", "contaminated", "poison", "language", "quality")
+COPIES = ("duplicate", "near-duplicate")
+LATER = (*COPIES, "contaminated", "poison", "language", "quality")
 
 
 @dataclass
@@ -62,9 +63,16 @@ class Table:
 
     def broken(self) -> list[str | None]:
         """For each line the rule that it broke, with its place; None where it is kept or goes for what others hold."""
+        return self._said(lambda kind: kind not in LATER)
+
+    def copies(self) -> list[str | None]:
+        """For each line that is a copy its place and what of; None for the others."""
+        return self._said(lambda kind: kind in COPIES)
+
+    def _said(self, of: Callable[[str], bool]) -> list[str | None]:
         found: list[str | None] = [None] * len(self.left)
         for i, reason in self.why.items():
-            if reason.partition(":")[0] not in LATER:
+            if of(reason.partition(":")[0]):
                 file, line = self.place(i)
                 found[i] = f"{file}:{line} {reason}"
         return found

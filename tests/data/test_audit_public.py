@@ -126,7 +126,7 @@ def test_rows_and_copies(name: str) -> None:
 def test_shapes_tables_and_quarantine() -> None:
     every = {
         "hh_rlhf": ({"preferences": 2307}, {"preference-dialogue": 2307}, {"dialogue": 5}),
-        "crows_pairs": ({"prompts": 1508}, {"prompt": 1508}, {"no known shape": 1508}),
+        "crows_pairs": ({"eval": 1508, "prompts": 1508}, {"crows-pairs": 1508, "prompt": 1508}, {}),
         "winobias": ({"corpus": 16}, {"text": 16}, {}),
         "truthfulqa": ({"eval": 817}, {"truthfulqa": 817}, {}),
     }

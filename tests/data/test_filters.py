@@ -285,7 +285,7 @@ def test_validate_counts_by_filter_and_spares_other_tables(tmp_path: Path) -> No
     for table, rows in tables.items():
         (tmp_path / "data" / table).mkdir(parents=True)
         (tmp_path / "data" / table / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    limits = {"min_chars": 2, "max_chars": 10_000, "max_class_share": None}
+    limits = {"min_chars": 2, "max_chars": 10_000, "max_class_share": None, "max_duplicate_share": None}
     limits |= {"max_rejected_share": 0.0}  # quality does not count for the share
     cfg = Config.model_validate(
         {"ngram": 13, "whole": 8, "decontaminate": [], "near_duplicates": None, "languages": None}

@@ -202,9 +202,12 @@ def test_essays_and_bias_sets(tmp_path: Path) -> None:
     lists = [f for f in files if isinstance(f, list)]
     assert [r["text"] for r in rows["corpus"]] == [w["document"] for f in lists for w in f]
     assert len(away) == len(files) - len(lists) and {r["reason"][:14] for r in away} == {"no known shape"}
-    rows, away, told = take(tmp_path, PUBLIC / "crows_pairs")  # its pairs have no shape that a table takes
-    assert told["kept"] == len(rows["prompts"]) == 1508 == len(away)
-    assert {r["reason"][:31] for r in away} == {"no known shape: keys , sent_mor"}
+    rows, away, told = take(tmp_path, PUBLIC / "crows_pairs")
+    assert (told["kept"], len(rows["prompts"]), away) == (3016, 1508, [])
+    with (PUBLIC / "crows_pairs" / "crows_pairs_anonymized.csv").open(encoding="utf-8", newline="") as f:
+        pairs = [(r["bias_type"], r["sent_less"], {r["sent_less"], r["sent_more"]}) for r in csv.DictReader(f)]
+    assert [(r["question"], r["choices"][r["answer"]], set(r["choices"])) for r in rows["eval"]] == pairs
+    assert 660 < sum(r["answer"] for r in rows["eval"]) < 850  # of 1,508, 754 and five standard deviations
 
 
 def verdicts(away: list[dict[str, Any]]) -> dict[tuple[str, int], str]:

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import tarfile
 import zipfile
 from pathlib import Path
@@ -94,11 +95,13 @@ def told(path: Path) -> list[tuple[int, str | None]]:
     return [(r.line, r.reason) for r in records(path)]
 
 
-@pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".zst"])
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("packed", PACK)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_gives_the_same_rows(tmp_path: Path, name: str, packed: str) -> None:
-    pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}[packed]
-    found = list(records(write(tmp_path / (name + packed), pack(FORMS[name]))))
+    found = list(records(write(tmp_path / (name + packed), PACK[packed](FORMS[name]))))
     assert [r.value["text"] for r in found if r.reason is None] == [r["text"] for r in ROWS]
     assert len(found) == len(ROWS)
     if name.endswith(".jsonl"):
@@ -115,17 +118,31 @@ def test_several_frames_of_zstandard_and_members_of_gzip(tmp_path: Path) -> None
         assert [r.value for r in records(path)] == ROWS
 
 
-@pytest.mark.parametrize("packed", [".gz", ".bz2", ".zst"])
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
 def test_what_stands_before_a_truncation_counts(tmp_path: Path, packed: str) -> None:
     rows = [{"text": f"{i} " + "".join(chr(97 + (i * j) % 26) for j in range(1, 400))} for i in range(5_000)]
-    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}[packed]
-    data = pack(jsonl(rows))
+    data = PACK[packed](jsonl(rows))
     found = list(records(write(tmp_path / f"a.jsonl{packed}", data[: len(data) * 3 // 4])))
     good = [r for r in found if r.reason is None]
     assert [r.value for r in good] == rows[: len(good)]
     assert len(good) > 1000 and len(found) == len(good) + 1
     assert found[-1].reason is not None and found[-1].reason.startswith("broken file: ")
     assert found[-1].line == len(good) + 1
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.json"])
+def test_a_file_in_utf16_is_one_record_that_says_so(tmp_path: Path, name: str, codec: str, packed: str) -> None:
+    data = f"\ufeff{FORMS['a.jsonl'].decode()}".encode(codec)
+    why = "not UTF-8: the file is UTF-16; convert it by `iconv -f UTF-16 -t UTF-8`"
+    assert told(write(tmp_path / (name + packed), PACK[packed](data))) == [(1, why)]
+
+
+def test_parts_of_a_file_in_utf16_are_one_record_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ("\ufeff" + '{"text": "x"}\n' * 9).encode("utf-16-le"))
+    parts = [readers.Part(0, 100, 1), readers.Part(100, 254, 5)]
+    assert [len(list(records(path, None, part))) for part in parts] == [1, 0]
 
 
 def test_broken_containers_say_so(tmp_path: Path) -> None:
@@ -136,6 +153,7 @@ def test_broken_containers_say_so(tmp_path: Path) -> None:
         ("a.arrow", FORMS["stream.arrow"][:40]),
         ("a.jsonl.gz", b"no gzip"),
         ("a.jsonl.bz2", b"no bzip"),
+        ("a.jsonl.xz", b"no xz"),
         ("a.jsonl.zst", b"no zstandard at all"),
         ("a.zip", b"PK no zip"),
         ("a.tar", b"no tar" * 200),
@@ -406,9 +424,9 @@ def test_which_files_are_a_sources(tmp_path: Path) -> None:
 
 
 def test_files_of_other_kinds_are_named_by_their_endings(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.docx", "sub/c.DOCX", "d.jsonl.xz", "Makefile", ".hidden.pdf", ".git/x.pdf", "README.rst"):
+    for name in ("a.txt", "b.docx", "sub/c.DOCX", "d.7z", "Makefile", ".hidden.pdf", ".git/x.pdf", "README.rst"):
         write(tmp_path / name, b"x")
-    assert readers.passed_over(tmp_path) == {".docx": 2, ".xz": 1, "Makefile": 1}
+    assert readers.passed_over(tmp_path) == {".docx": 2, ".7z": 1, "Makefile": 1}
     assert not readers.passed_over(tmp_path / "b.docx") and not readers.passed_over("hf:org/name")
 
 

@@ -25,12 +25,37 @@ def judged(key: str) -> tuple[str, dict[str, Any]]:
     return "preferences", {"messages": [u("p")], key: a("c"), "kind": "judged"}
 
 
+def drawn(key: str) -> int:
+    """The place, of two, of the right choice that is drawn by hash."""
+    return hashed(f"choice/{key}") % 2
+
+
 TOOL = {"role": "tool", "content": "7"}
 CHOICE = {"question": "Which?", "choices": ["a", "b", "c"], "answer": 1}
 CASES: list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]] = [
     ("text", "just text", [("corpus", {"text": "just text"})]),
     ("text", {"text": "t", "url": "x", "id": 3}, [("corpus", {"text": "t"})]),
     ("text", {"content": "t"}, [("corpus", {"text": "t"})]),
+    (
+        "boolq",
+        {"passage": "p", "question": "q", "answer": "False"},  # as a CSV has it
+        [("eval", {"question": "p\n\nq", "choices": ["no", "yes"], "answer": 0})],
+    ),
+    (
+        "distractors",
+        {"question": "q", "correct_answer": "a", "distractor1": "x"},
+        [("eval", {"question": "q", "choices": ["x", "a"] if drawn("q") else ["a", "x"], "answer": drawn("q")})],
+    ),
+    (
+        "crows-pairs",
+        {"sent_more": "m", "sent_less": "n", "bias_type": "age"},
+        [("eval", {"question": "age", "choices": ["m", "n"] if drawn("mn") else ["n", "m"], "answer": drawn("mn")})],
+    ),
+    (
+        "preference-compared",
+        {"prompt": "p", "response_a": "y", "response_b": "n", "winner": "model_b"},
+        [("preferences", {"messages": [u("p")], "chosen": a("n"), "rejected": a("y"), "kind": "wrong"})],
+    ),
     ("alpaca", {"instruction": "i", "input": "", "output": "o"}, [("instructions", {"messages": [u("i"), a("o")]})]),
     (
         "alpaca",
@@ -426,8 +451,8 @@ def test_most_records_name_the_shape() -> None:
     assert detect([alpaca, alpaca, {"text": "t"}, 3]) == "alpaca"
     plain, tool = {"messages": [u("p"), a("c")]}, {"messages": [u("p"), call(), TOOL, a("c")]}
     assert detect([plain, plain, tool]) == "tool-chat"
-    with pytest.raises(Unfit, match="no known shape: keys sent_more, sent_less"):
-        detect([{"sent_more": "x", "sent_less": "y"}])
+    with pytest.raises(Unfit, match="no known shape: keys premise, hypothesis"):
+        detect([{"premise": "x", "hypothesis": "y"}])
     for answered in ({"prompt": "p", "response_a": "x", "winner": "a"}, {"question": "q", "correct_answer": "x"}):
         with pytest.raises(Unfit, match="no known shape: keys"):
             detect([answered])

@@ -14,7 +14,7 @@ from components.data.spread import HERE, each
 from components.data.validate import Config, run
 from components.log import silent
 
-LIMITS = Limits(min_chars=5, max_chars=1000, max_rejected_share=0.9, max_class_share=0.8)
+LIMITS = Limits(min_chars=5, max_chars=1000, max_rejected_share=0.9, max_duplicate_share=None, max_class_share=0.8)
 TABLES = ("corpus", "instructions", "preferences", "prompts", "eval")
 LEAK = "Serialize an object to a text that others can read"
 
@@ -165,6 +165,24 @@ def test_too_many_broken_rows_stop_the_stage(tmp_path: Path) -> None:
     assert message.startswith("corpus: expect_column_values_to_be_null fails on broken_rule: 14 of 18 rows")
     assert "corpus/c.jsonl:2 not JSON" in message
     assert "validate.tables.corpus" in message
+
+
+def test_too_many_copies_stop_the_stage_and_are_named(tmp_path: Path) -> None:
+    """Of ten rows three are copies: two of one, and one that differs in case."""
+    texts = [f"Text number {i} of ten." for i in range(7)] + ["Text number 0 of ten."] * 2 + ["TEXT number 1 of ten."]
+    data = write(tmp_path / "data", {"corpus": [line(row(f"c{i}", text=t)) for i, t in enumerate(texts)]})
+    said: dict[float | None, Any] = {}
+    for share in (0.3, 0.29, None):
+        (out := tmp_path / f"out-{share}").mkdir()
+        asked = config().model_dump()
+        asked["tables"] = dict.fromkeys(TABLES, LIMITS.model_dump() | {"max_duplicate_share": share})
+        try:
+            said[share] = run(Config.model_validate(asked), data, out, silent)["duplicates"]
+        except ForjaError as e:
+            said[share] = str(e)
+    assert said[0.3] == said[None] == 3
+    assert said[0.29].startswith("corpus: expect_column_values_to_be_null fails on copy_of: 3 of 10 rows, such as ")
+    assert "corpus/c.jsonl:8 duplicate: of c0" in said[0.29] and "validate.tables.corpus" in said[0.29]
 
 
 def test_an_object_in_two_splits_stops_the_stage(tmp_path: Path) -> None:
