@@ -185,10 +185,8 @@ def _difference(measure: Measure, first: Recorded, run: Recorded) -> Compared:
 
 def _unlike(measure: Measure, first: Recorded, run: Recorded) -> str:
     """Why the same row's two values are not on one scale, or nothing."""
-    if measure.judge:
-        judges = [r.stages.get(measure.judge) for r in (first, run)]
-        if not _same(*judges):
-            return f"another {measure.judge} model" if all(judges) else f"its {measure.judge} model is not recorded"
+    if measure.judge and (why := _other(measure.judge, first, run)):
+        return why
     if measure.part in ("gain", "quality"):
         for key in (f"evaluate.{k}" for k in ASKING):
             before, after = (str(r.params.get(key)) for r in (first, run))
@@ -204,6 +202,16 @@ def _same(a: Stage | None, b: Stage | None) -> bool:
     if a is None or b is None:
         return False
     return a.run_id == b.run_id or (a.weights == b.weights if a.weights and b.weights else a.digest == b.digest != "")
+
+
+def _other(name: str, first: Recorded, run: Recorded) -> str:
+    """Why the models of a stage are not the same, or nothing."""
+    a, b = (r.stages.get(name) for r in (first, run))
+    if a is None or b is None:
+        return f"no {name} model is recorded"
+    if _same(a, b):
+        return ""
+    return f"another {name} model" if a.weights and b.weights else f"perhaps another {name} model: no weights are noted"
 
 
 def _same_text(a: Recorded, b: Recorded) -> bool:
@@ -304,12 +312,12 @@ def _notes(runs: list[Recorded]) -> list[str]:
     """What a reader must know before he trusts a number here."""
     first, notes = runs[0], []
     for letter, run in zip(LETTERS[1:], runs[1:], strict=False):
-        both = [s for s in ("sft", "reward") if s in first.stages and s in run.stages]
-        models = [s for s in both if not _same(first.stages[s], run.stages[s])]
-        if "sft" in models:
-            notes.append(f"{letter}: another SFT model than A's, so reward gained and KL are each over its own")
-        if "reward" in models:
-            notes.append(f"{letter}: another reward model than A's, so rewards are not on one scale")
+        for name, then in (
+            ("sft", "reward gained and KL are each over its own"),
+            ("reward", "rewards have no one scale"),
+        ):
+            if name in first.stages and name in run.stages and (why := _other(name, first, run)):
+                notes.append(f"{letter}: {why}; then {then}")
         judges = [str(r.params.get("ppo.judge", "model")) for r in (first, run)]
         if judges[0] != judges[1]:
             notes.append(

@@ -141,7 +141,9 @@ def _reward_by_kl(found: Mapping[str, Any]) -> list[Series]:
     series = []
     for run, kl, reward in both:
         at = dict(kl)
-        series.append(Series(run["letter"], sorted((at[step], y) for step, y in reward if step in at)))
+        series.append(
+            Series(f"{run['letter']} {run['algorithm']}", sorted((at[step], y) for step, y in reward if step in at))
+        )
     return series
 
 
@@ -150,7 +152,7 @@ def page(found: Mapping[str, Any]) -> str:
     charts = []
     for key, (title, note) in CHARTS.items():
         curves = zip(found["runs"], found["curves"][key], strict=True)
-        series = [Series(run["letter"], points) for run, points in curves]
+        series = [Series(f"{run['letter']} {run['algorithm']}", points) for run, points in curves]
         if any(points for _, points in series):
             charts.append(line_chart(title, series, note))
     bought = _reward_by_kl(found)

@@ -120,9 +120,12 @@ def test_what_can_not_be_compared_says_why() -> None:
     judged.stages["reward"] = judged.stages["reward"]._replace(run_id="x", digest="x", weights="x")
     assert why(judged) == "not comparable: another reward model"
     assert difference(a, judged, "ppo.kl")["value"] == 0  # which no reward model measures
-    assert compare.compare([a, judged])["notes"] == [
-        "B: another reward model than A's, so rewards are not on one scale"
-    ]
+    assert compare.compare([a, judged])["notes"] == ["B: another reward model; then rewards have no one scale"]
+    unnoted = made("b", ROWS)
+    unnoted.stages["reward"] = judged.stages["reward"]._replace(weights="")
+    assert why(unnoted) == "not comparable: perhaps another reward model: no weights are noted"
+    del unnoted.stages["reward"]
+    assert why(unnoted) == "not comparable: no reward model is recorded"
     counted = compare.compare([a, made("b", ROWS, {"ppo.judge": "calculator"})])["notes"]
     assert counted == ["B: its judge is calculator, A's is model: the curves of reward are not on one scale"]
     hotter = made("b", ROWS, {"evaluate.temperature": 0.7})
@@ -237,7 +240,7 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
         assert "script" not in parser.tags and all(link.startswith("#") for link in parser.links)
         assert "url(" not in text.replace("url(#arrow)", "") and "\u202e" not in text
     assert "&lt;script&gt;x&lt;/script&gt;⟨U+202E⟩" in text
-    assert re.search(r"Held-out reward by KL.*B from", text, re.S)
+    assert re.search(r"Held-out reward by KL.*B PPO from", text, re.S)
     assert "+1 <span" in text and "1 to 1, n = 12" in text
 
 
