@@ -37,7 +37,7 @@ TRAININGS: dict[str, list[Spec]] = {
     "ppo": [  # by whatever algorithm: each draws what it has
         ("policy loss", "The clipped surrogate; it stays near 0 by design.", {"policy_loss": "policy"}),
         ("value loss", "Squared error of the value model.", {"value_loss": "value"}),
-        ("loss", "What the algorithm lowers, a row.", {"loss": "train", "val_loss": "val"}),
+        ("loss", "What the algorithm lowers.", {"loss": "train", "val_loss": "val"}),
         (
             "accuracy",
             "Share of preferences that the policy itself puts right.",
