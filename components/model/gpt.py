@@ -278,19 +278,24 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         at: Tensor | None = None,
         targets: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """With `at` [B, T] boolean, the n positions where it is True alone, as [n, vocab] or [n]: a head costs most.
 
         With `targets`, token ids [B, T], or [n] with `at`, minus the log-probability of each instead, in nats: the
-        logits themselves are never kept in float32, which is faster and takes less memory.
+        logits themselves are never kept in float32, which is faster and takes less memory. They are divided by
+        `temperature`.
         """
         hidden = self.hidden(ids, positions=positions, mask=mask, cache=cache)
         hidden = hidden if at is None else hidden[at]
-        if targets is None:
-            return self.logits(hidden)
+        return self.logits(hidden) if targets is None else self.nats(hidden, targets, temperature)
+
+    def nats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """-log softmax(logits / temperature)[target] of normed states [..., width] and their targets [...]."""
         if self.config.logit_cap is not None:
-            logits = self.logits(hidden).flatten(0, -2)
+            logits = self.logits(hidden).flatten(0, -2) / temperature
             return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+        hidden = hidden if temperature == 1 else hidden / temperature
         return nats(hidden.flatten(0, -2), self.head.weight, targets.flatten()).view_as(targets)
 
 

@@ -52,7 +52,7 @@ from components.train.alarms import new_alarms
 from components.train.best import Best
 from components.train.loop import Skips, finite
 from components.train.questions import Judge, Question, by_model, evaluated, questions, write_evaluations
-from components.train.rollout import Answering, Rollout, answer_logprobs, roll_out, tempered, trimmed
+from components.train.rollout import Answering, Rollout, answer_logprobs, roll_out, trimmed
 from components.train.samples import write_samples
 from components.world import world
 
@@ -158,6 +158,7 @@ def update(cfg: Config, by: Learner, r: Rollout, kl_coef: float, step: int) -> R
     n = len(r.ids)
     for epoch in range(cfg.epochs):
         # The first pass takes the rows as they were scored, so that its first ratio is exactly 1.
+        r = r if epoch == 0 and by.policy.zero == 0 else r._replace(kept=None)
         rows = torch.arange(n) if epoch == 0 else torch.from_numpy(order(cfg.seed + step, epoch, n))
         for piece in rows.chunk(cfg.minibatches):
             total = float(r.mask[piece].sum())
@@ -210,8 +211,7 @@ def take_in(
     old, known, values, advantage, target = (
         x[part, : mask.shape[1]] for x in (r.logprobs, r.reference, r.values, advantages, returns)
     )
-    logits = tempered(by.policy.ds(ids[:, :-1], at=mask), cfg.temperature)
-    new = answer_logprobs(logits, ids, mask)
+    new = r.kept.logprobs if r.kept else answer_logprobs(by.policy.ds, ids, mask, cfg.temperature)
     loss, clipped = rl.policy_loss(new, old, advantage, mask, cfg.clip_ratio)
     drift = (old - new.detach()) * mask
     measured = {"policy_loss": loss, "clip_fraction": clipped, "approx_kl": drift.sum()}
@@ -222,7 +222,7 @@ def take_in(
         return
     if moves:
         by.policy.step(loss, total)
-    judged = by.value.ds(ids[:, :-1])
+    judged = by.value.ds(ids[:, :-1]) if r.kept is None or r.kept.values is None else r.kept.values
     by.value.step(rl.value_loss(judged, values, target, mask, cfg.clip_value), total, measured)
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from components.model.checkpoint import default_device as device
 from components.model.generate import generate
 from components.model.gpt import GPT
 from components.model.lora import without
-from components.model.losses import pad_right, picked_logprobs
+from components.model.losses import pad_right
 from components.train import rl
 from components.train.loop import Keeping
 from components.train.questions import Judge, Question
@@ -41,6 +41,7 @@ class Rollout(NamedTuple):
     values: Tensor  # [N, T-1] the return the value model expects before the token
     scores: Tensor  # [N] of the judge, or the penalty for an answer that never ended
     groups: Tensor  # [N] the number of the prompt that it answers
+    kept: "Reading | None" = None  # of all rows at once: what the first pass over them would compute again
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,15 +50,30 @@ def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, : width + 1], mask[:, :width]
 
 
-def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Those of the policy: what is sampled from is softmax(logits / temperature)."""
-    return logits.float() if temperature == 1 else logits.float() / temperature
+class Reading(NamedTuple):
+    """With the way back to the weights that they come from."""
+
+    logprobs: Tensor
+    values: Tensor | None
 
 
-def answer_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi [N, T-1] of the answers' tokens from the logits [n, V] at the n positions of `mask`; 0 elsewhere."""
-    out = torch.zeros(mask.shape, device=logits.device)
-    return out.masked_scatter(mask, picked_logprobs(logits, ids[:, 1:][mask]))
+def answer_logprobs(model: Any, ids: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """log pi [N, T-1] of the answers' tokens, 0 elsewhere; what is sampled from is softmax(logits / temperature)."""
+    return spread(model(ids[:, :-1], at=mask, targets=ids[:, 1:][mask], temperature=temperature), mask)
+
+
+def spread(nats: Tensor, mask: Tensor) -> Tensor:
+    """Minus the n numbers, where `mask` says they belong."""
+    return torch.zeros(mask.shape, device=nats.device).masked_scatter(mask, -nats)
+
+
+def entropy_of(policy: GPT, hidden: Tensor, temperature: float) -> float:
+    """The summed entropy of softmax(logits / temperature) behind normed states [n, width], some rows at a time."""
+    total = 0.0
+    for some in hidden.split(max(1, (1 << 20) // policy.config.vocab_size)):
+        logits = policy.logits(some) / temperature
+        total += float((logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)).sum())
+    return total
 
 
 def roll_out(
@@ -90,7 +106,7 @@ def roll_out(
     last = torch.tensor([len(s) for s in sequences], device=ids.device)[:, None]
     mask = (position >= first) & (position < last)
 
-    logprobs, reference_logprobs, values, entropy = read(policy, reference, value, ids, mask, cfg, micro)
+    logprobs, reference_logprobs, values, entropy, kept = read(policy, reference, value, ids, mask, cfg, micro)
     finished = torch.tensor([answer[-1] == end for answer in answers], device=ids.device)
     scores = judge([question for _, question in several], answers).to(ids.device)
     scores = torch.where(finished, scores, torch.full_like(scores, cfg.unfinished))
@@ -107,32 +123,36 @@ def roll_out(
         "perf/scoring_s": time.perf_counter() - sampled,
     }
     groups = torch.tensor([i for i, _ in several], device=ids.device)
-    return Rollout(ids, mask, logprobs, reference_logprobs, values, scores, groups), metrics
+    return Rollout(ids, mask, logprobs, reference_logprobs, values, scores, groups, kept), metrics
 
 
 @torch.no_grad()
 def read(
     policy: GPT, reference: GPT | None, value: GPT | None, ids: Tensor, mask: Tensor, cfg: Answering, micro: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, Tensor, float, Reading | None]:
     """log pi, log ref and V at each token of the answers [N, T-1], and the summed entropy of pi there. Without a
     reference it is the policy without its adapters; without a value model V is 0.
 
-    Read in the update's own pieces, of `micro` rows, and in its own precision, so that the first ratio is exactly 1.
+    Read in the update's own pieces, of `micro` rows, in its own precision and with its own kernels, which with
+    gradients are others, so that the first ratio is exactly 1. Where one piece is all, it is given back with its way
+    back, and the update's first pass need not read again.
     """
     logprobs, ref, values = (torch.zeros(mask.shape, device=ids.device) for _ in range(3))
-    entropy = 0.0
+    entropy, kept = 0.0, None
     pieces = [part for rows in torch.arange(len(ids)).chunk(cfg.minibatches) for part in rows.split(micro)]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         for part in pieces:
             chunk, own = trimmed(ids[part], mask[part])
             width = own.shape[1]
-            logits = tempered(policy(chunk[:, :-1], at=own), cfg.temperature)
-            spread = torch.log_softmax(logits, dim=-1)
-            entropy -= float((spread.exp() * spread).sum())
-            logprobs[part, :width] = answer_logprobs(logits, chunk, own)
+            with torch.enable_grad():
+                hidden = policy.hidden(chunk[:, :-1])[own]
+                new = spread(policy.nats(hidden, chunk[:, 1:][own], cfg.temperature), own)
+                judged = None if value is None else value(chunk[:, :-1])
+            kept = Reading(new, judged) if len(pieces) == 1 else None
+            logprobs[part, :width] = new.detach()
+            if judged is not None:
+                values[part, :width] = judged.detach()
+            entropy += entropy_of(policy, hidden.detach(), cfg.temperature)
             with without(policy) if reference is None else nullcontext():
-                known = tempered((reference or policy)(chunk[:, :-1], at=own), cfg.temperature)
-            ref[part, :width] = answer_logprobs(known, chunk, own)
-            if value is not None:
-                values[part, :width] = value(chunk[:, :-1]).float()
-    return logprobs, ref, values, entropy
+                ref[part, :width] = answer_logprobs(reference or policy, chunk, own, cfg.temperature)
+    return logprobs, ref, values, entropy, kept

@@ -63,7 +63,8 @@ def close(a: Sequence[dict[str, float]], b: Sequence[dict[str, float]]) -> None:
     [
         {},
         {"precision": "bf16"},
-        {"temperature": 0.7},
+        {"precision": "bf16", "micro": 2},
+        {"temperature": 0.7, "micro": 4},
         {"micro": 1},
         {"micro": 2, "batch": 16},
         GRPO,
@@ -84,6 +85,26 @@ def test_the_first_look_at_a_rollout_changes_nothing(
     train(made, tmp_path, lambda row, _: rows.append(dict(row)), minibatches=1, epochs=1, value_first=0, **changes)
     assert len(rows) == RECIPE.steps and rows[-1]["kl"] != 0
     assert [(row["first_off"], row["approx_kl"], row["clip_fraction"]) for row in rows] == [(0.0, 0.0, 0.0)] * 4
+
+
+def test_what_is_kept_of_a_rollout_is_what_would_be_read_again(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One piece: the update's first pass goes on from the scoring's. The weights are those without that."""
+    once = {"minibatches": 1, "value_first": 0, "steps": 2, "temperature": 0.7}
+    _, kept = train(made, tmp_path / "kept", **once)
+    real, seen = ppo.roll_out, []
+
+    def forgetful(*arguments: Any, **keywords: Any) -> tuple[rollout.Rollout, dict[str, float]]:
+        r, row = real(*arguments, **keywords)
+        seen.append(r.kept is not None and r.kept.values is not None and r.kept.logprobs.requires_grad)
+        return r._replace(kept=None), row
+
+    monkeypatch.setattr(ppo, "roll_out", forgetful)
+    _, again = train(made, tmp_path / "again", **once)
+    assert seen == [True, True]
+    first, second = (load_file(folder / "model.safetensors") for folder in (kept, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_later_looks_are_not_like_the_first(told: tuple) -> None:
@@ -107,7 +128,7 @@ def test_sampler_and_trainer_agree_on_log_probabilities(made: dict[str, Path]) -
     for i, (prompt, row) in enumerate(zip(asked, sequences, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, len(prompt) - 1 : len(row) - 1] = True
-    logprobs, reference, _, _ = rollout.read(policy, policy, load(made["reward"]).model, ids, mask, RECIPE, micro=3)
+    logprobs, reference, *_ = rollout.read(policy, policy, load(made["reward"]).model, ids, mask, RECIPE, micro=3)
     torch.testing.assert_close(logprobs[mask], torch.tensor([x for a in said for x in a.logprobs]), atol=1e-5, rtol=0)
     assert torch.equal(logprobs, reference)
 
@@ -118,7 +139,7 @@ def test_at_a_temperature_the_policy_is_what_is_sampled_from(made: dict[str, Pat
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.tensor([[False, True]])
     cfg = RECIPE.model_copy(update={"temperature": 0.5, "minibatches": 1})
-    logprobs, _, _, entropy = rollout.read(policy, policy, load(made["reward"]).model, ids, mask, cfg, micro=1)
+    logprobs, _, _, entropy, _ = rollout.read(policy, policy, load(made["reward"]).model, ids, mask, cfg, micro=1)
     with torch.no_grad():
         weights = [math.exp(2 * float(x)) for x in policy(ids[:, :-1])[0, 1]]
     total = sum(weights)
