@@ -1,6 +1,6 @@
 """What goes wrong in a training from a reward, seen in its own curves: a cause in plain words, and a mend.
 
-Each alarm is a question asked of the rows so far, one a rollout, and nothing else, so a resumed run rings as the
+Each alarm is a question asked of the rows so far, one a step, and nothing else, so a resumed run rings as the
 undisturbed one. An alarm is said once, at the step where its question turns true.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 Row = dict[str, float]
 History = Sequence[Row]
 
+FALLEN = 3.0  # nats by which chosen answers may become less likely
 CLOSED, REPEATED = 0.2, 0.2  # entropy as a share of the first, and repetition above the first, that are alarming
 
 
@@ -58,10 +59,20 @@ def ringing(history: History, kl_target: float | None) -> dict[str, str]:
             f"{REPEATED:.0%} more of the answers' 3-grams repeat themselves than at first, for 5 rollouts: "
             "the reward model likes it; show it such answers as rejected ones, raise kl_coef, or stop earlier"
         )
-    if _by_heart(history):
+    if _parted(history, "reward"):
         found["heldout"] = (
             "reward rose and held-out reward fell over 3 evaluations: the policy learns its prompts by heart; add "
             "prompts, stop earlier, or set keep to best"
+        )
+    if _parted(history, "margin"):
+        found["heldout"] = (
+            "the margin between chosen and rejected answers rose and held-out reward fell over 3 evaluations: the "
+            "policy tells the pairs apart better and answers worse; raise beta, lower lr, or set keep to best"
+        )
+    if last(history, "chosen_drift", 5, lambda x: x < -FALLEN) and last(history, "rejected_drift", 5, lambda x: x < 0):
+        found["falling"] = (
+            f"chosen answers are {FALLEN:g} nats less likely than at first, with the rejected ones, for 5 steps: what "
+            "is taken from both goes to answers that nobody judged; raise beta, lower lr, or train SFT on chosen ones"
         )
     if last(history, "first_off", 1, lambda x: x > 1e-3):
         found["first"] = (
@@ -71,12 +82,13 @@ def ringing(history: History, kl_target: float | None) -> dict[str, str]:
     return found
 
 
-def _by_heart(history: History) -> bool:
-    """Whether, over the last three evaluations, the mean reward of the rollouts up to each rose as val_reward fell."""
+def _parted(history: History, learnt: str) -> bool:
+    """Whether, over the last three evaluations, the mean of `learnt` in the rows up to each rose as val_reward fell."""
     at = [-1, *(i for i, row in enumerate(history) if "val_reward" in row)][-4:]
-    if len(at) < 4:
+    parts = [[row[learnt] for row in history[i + 1 : j + 1] if learnt in row] for i, j in pairwise(at)]
+    if len(parts) < 3 or not all(parts):
         return False
-    a, b, c = (sum(row["reward"] for row in history[i + 1 : j + 1]) / (j - i) for i, j in pairwise(at))
+    a, b, c = (sum(part) / len(part) for part in parts)
     x, y, z = (history[i]["val_reward"] for i in at[1:])
     return a < b < c and x > y > z
 

@@ -18,6 +18,8 @@ GRPO (Shao et al. 2024) has `group` answers to each prompt, and in place of 3, 4
 4. A_t = (S - mean) / deviation, over the scores of the group
 5. the same, plus kl_coef kl_t, of pi as it now is
 
+DPO, IPO and KTO (dpo.py) learn from preferences instead, in the same frame.
+
 Steps 1 and 2 are in rollout.py, the equations are functions in rl.py, the alarms are in alarms.py.
 """
 
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -47,12 +49,12 @@ from components.model.lora import Lora, adapt, merge
 from components.model.optim import schedule
 from components.model.ranks import agreed, interrupted, split, stoppable
 from components.model.scratch import Saved, Saver
-from components.train import rl, verify
+from components.train import dpo, rl, verify
 from components.train.alarms import new_alarms
 from components.train.best import Best
 from components.train.loop import Skips, finite
-from components.train.questions import Judge, Question, by_model, evaluated, questions, write_evaluations
-from components.train.rollout import Answering, Rollout, answer_logprobs, roll_out, trimmed
+from components.train.questions import Judge, Question, by_model, evaluated, questions, said_of, write_evaluations
+from components.train.rollout import Rollout, answer_logprobs, roll_out, trimmed
 from components.train.samples import write_samples
 from components.world import world
 
@@ -63,8 +65,7 @@ logger = logging.getLogger("forja")
 Row = dict[str, float]
 
 
-class Config(Answering, frozen=True, extra="forbid"):
-    algorithm: Literal["ppo", "grpo"]
+class Config(dpo.Preferring, frozen=True, extra="forbid"):
     judge: Annotated[
         str, AfterValidator(verify.named)
     ]  # what scores an answer: model, or a function of verify.py's kind
@@ -228,7 +229,7 @@ def take_in(
 
 def over_budget(cfg: Config, row: Row) -> bool:
     """Whether the policy is too far away from where it began to go on; every rank says the same."""
-    return cfg.kl_budget is not None and bool(agreed(int(row["kl"] > cfg.kl_budget)))
+    return cfg.kl_budget is not None and bool(agreed(int(row.get("kl", 0.0) > cfg.kl_budget)))
 
 
 def run(
@@ -253,11 +254,12 @@ def run(
         if os.environ.get("FORJA_ZERO", "0") != "0":
             raise ForjaError("FORJA_ZERO: adapters are not divided between ranks; leave it out, or set ppo.lora=null")
         adapt(policy_model, cfg.lora)
-    policy = Engine(policy_model, cfg, answers // cfg.minibatches)
+    at_once = cfg.batch if cfg.algorithm in dpo.KINDS else answers // cfg.minibatches
+    policy = Engine(policy_model, cfg, at_once)
     value = None
     if cfg.algorithm == "ppo":
         value_cfg = cfg.model_copy(update={"lr": cfg.value_lr, "ema": None})
-        value = Engine(load(reward, device()).model, value_cfg, answers // cfg.minibatches)
+        value = Engine(load(reward, device()).model, value_cfg, at_once)
 
     # The prompts, and who judges the answers.
     function = None if cfg.judge == verify.MODEL else verify.function_of(cfg.judge, judge)
@@ -269,13 +271,16 @@ def run(
         scored = by_model(load(reward, device()).model, marks[0])
     else:
         scored = verify.by_function(function, cfg.judge, tokenizer)
+    pairs = dpo.preferences(cfg, validate / "preferences.jsonl", tokenizer, prompts, policy_model.config.context)
 
     # Go on where a killed run stood.
     log = log if world()[0] == 0 else silent
     best = Best(policy_model) if cfg.keep == "best" else None
-    measure: Callable[[GPT], dict[str, Any]] = lambda model: evaluated(  # noqa: E731
-        model, scored, heldout, marks[1], cfg.max_new_tokens, cfg.sample_rows
-    )
+
+    def measure(model: GPT) -> dict[str, Any]:
+        found = evaluated(model, scored, heldout, marks[1], cfg.max_new_tokens, cfg.sample_rows)
+        return found if pairs is None else found | dpo.measured(cfg, pairs, reference, model, heldout, marks)
+
     before = measure(reference or policy_model) | {"step": 0}
     if best is not None:
         best.note(-before["reward"], 0)
@@ -286,8 +291,12 @@ def run(
         skips = Skips(*state["skipped"])
         history, evaluations, alarms = (list(state.get(key, ())) for key in ("history", "evaluations", "alarms"))
 
-        learner = Learner(policy, value, reference, scored, train, marks, skips)
-        step_of: Callable[[int], Row] = partial(learn, cfg, learner, history)
+        step_of: Callable[[int], Row]
+        if pairs is None:
+            step_of = partial(learn, cfg, Learner(policy, value, reference, scored, train, marks, skips), history)
+        else:
+            by = dpo.Learner(policy, reference, pairs, marks[0], skips, partial(over_budget, cfg))
+            step_of = partial(dpo.learn, cfg, by, history)
 
         for step in range(state["step"], cfg.steps):
             row = step_of(step) | {"progress": (step + 1) / cfg.steps}
@@ -300,7 +309,7 @@ def run(
                 policy_model = policy.finished()
             if not over and (done % cfg.eval_every == 0 or ends):
                 evaluations.append(measure(policy_model) | {"step": done})
-                row |= {f"val_{key}": evaluations[-1][key] for key in ("reward", "repetition")}
+                row |= said_of(evaluations[-1])
                 if best is not None:
                     best.note(-row["val_reward"], done)
             log(row, done)
@@ -327,7 +336,7 @@ def run(
     if best is not None:
         best.put_back()
         (kept,) = (e for e in (before, *evaluations) if e["step"] == best.step)
-        metrics |= {"best_step": float(best.step), "val_reward": kept["reward"], "val_repetition": kept["repetition"]}
+        metrics |= {"best_step": float(best.step)} | said_of(kept)
     if cfg.lora is not None:
         merge(policy_model)
     save(policy_model, out, sft / TOKENIZER, prompts)
@@ -336,5 +345,6 @@ def run(
     write_evaluations(out, [before, *evaluations], heldout, tokenizer)
     (out / ALARMS).write_text(to_json(alarms), encoding="utf-8")
     counts = {f"dropped.{why}": n for why, n in dropped.items()} | {"dropped": dropped.total()}
+    counts |= pairs.counts if pairs is not None else {}
     counts |= {"skipped": skips.total, "alarms": len(alarms), "rollouts": len(history)}
     return metrics | {"val_reward_before": before["reward"], **{k: float(n) for k, n in counts.items()}}

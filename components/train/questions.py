@@ -60,6 +60,11 @@ def evaluated(model: GPT, judge: Judge, heldout: Sequence[Question], end: int, n
     return measured | {"answers": answers[:few], "scores": scores[:few].tolist()}
 
 
+def said_of(evaluation: dict[str, Any]) -> dict[str, float]:
+    """What an evaluation adds to the curves."""
+    return {f"val_{key}": value for key, value in evaluation.items() if isinstance(value, float)}
+
+
 def by_model(reward: GPT, pad: int) -> Judge:
     """The reward model's verdict."""
     return lambda asked, answers: sound(

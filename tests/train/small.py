@@ -29,6 +29,7 @@ RECIPE = ppo.Config(
     **{"seed": 3, "steps": 4, "batch": 8, "eval_every": 2, "save_every": 2, "keep": "last"},
     **{"minibatches": 2, "epochs": 2, "max_new_tokens": 8, "temperature": 1.0, "value_lr": 3e-4, "value_first": 1},
     **{"gamma": 1.0, "lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "unfinished": -1.0},
+    **{"beta": 0.1, "desirable": 1.0, "undesirable": 1.0, "long": "cut", "val_pairs": 8},
     **{"kl_estimator": "k1", "kl_coef": 0.1, "kl_target": 1.0, "kl_budget": None, "val_rows": 4, "sample_rows": 2},
 )
 

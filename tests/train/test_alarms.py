@@ -67,3 +67,20 @@ def test_what_is_said_has_a_cause_and_a_mend() -> None:
     assert alarm["step"] == 6
     assert alarm["text"].startswith("KL 3 times its target of 5 nats for 5 rollouts")
     assert alarm["text"].endswith("lower lr, or raise kl_coef")
+
+
+def preferring(*changes: Row) -> list[Row]:
+    usual: Row = {"loss": 0.6, "accuracy": 0.7, "margin": 0.2, "chosen_drift": -1.0, "rejected_drift": -3.0}
+    return [usual | change for change in changes]
+
+
+def test_preferences_have_alarms_of_their_own() -> None:
+    fallen = {"chosen_drift": -3.1, "rejected_drift": -9.0}
+    assert not ringing(preferring(*[{}] * 40), 5.0)
+    assert not ringing(preferring({}, *[fallen] * 4), 5.0)
+    assert set(ringing(preferring({}, *[fallen] * 5), 5.0)) == {"falling"}
+    assert not ringing(preferring({}, *[fallen | {"rejected_drift": 0.1}] * 5), 5.0)  # they were not preferred
+    parted = [{"margin": 0.1 * i, "val_reward": 1.0 - 0.1 * i} for i in range(3)]
+    assert set(ringing(preferring(*parted), 5.0)) == {"heldout"}
+    assert not ringing(preferring(*parted[:2]), 5.0)
+    assert not ringing(preferring(*[row | {"val_reward": 1.0} for row in parted]), 5.0)

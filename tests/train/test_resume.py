@@ -43,6 +43,7 @@ RLHF = {
 RLHF |= {"lam": 0.95, "clip_ratio": 0.2, "clip_value": 0.2, "kl_coef": 0.1, "kl_target": 1.0, "unfinished": -1.0}
 RLHF |= {"algorithm": "ppo", "judge": "model", "lora": None, "group": 1}
 RLHF |= {"kl_estimator": "k1", "kl_budget": 50.0, "keep": "best"}
+RLHF |= {"beta": 0.1, "desirable": 1.0, "undesirable": 1.0, "long": "cut", "val_pairs": 4}
 SFT = {"long": "cut", "keep": "best"}
 CONFIGS = {
     pretrain: pretrain.Config(
