@@ -197,6 +197,16 @@ def test_the_stage_learns_what_was_preferred(algorithm: str, made: dict[str, Pat
     assert all(torch.isfinite(w).all() for w in load_file(out / "model.safetensors").values())
 
 
+def test_with_adapters_the_reference_is_the_policy_without_them(made: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+    settings = {"algorithm": "dpo", "lora": {"rank": 2, "alpha": 4}, "steps": 8, "lr": 1e-2}
+    metrics, out = train(given(made, tmp_path, PLENTY), tmp_path, lambda row, _: seen.append(dict(row)), **settings)
+    assert seen[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and metrics["val_loss"] < 0.6
+    before, after = (load_file(folder / "model.safetensors") for folder in (made["sft"], out))
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved and all(name.startswith("blocks.") for name in moved)
+
+
 def test_held_out_numbers_are_those_of_the_policy_that_goes_on(made: dict[str, Path], tmp_path: Path) -> None:
     here = given(made, tmp_path, PLENTY)
     metrics, out = train(here, tmp_path, algorithm="dpo", keep="best", eval_every=1, lr=3e-3)
