@@ -38,6 +38,7 @@ PAIRS = "hh_rlhf/harmless-base_test.jsonl.gz"
 RECIPE = [
     *("sft.prompts=[en]", "pretrain.samples=[]", "sft.sample_rows=0", "pretrain.batch=4", "sft.batch=12"),
     *("reward.lr=3e-4", "reward.matrix_lr=null", "reward.weight_decay=0.1", "reward.val_rows=100"),
+    *("reward.share=1", "referee.share=0"),  # there is no policy to referee
 ]
 FULL = ["pretrain.model.context=448", "pretrain.steps=600", "sft.steps=160", "reward.steps=100", "reward.eval_every=20"]
 TINY = ["pretrain.model.context=160", "pretrain.steps=2", "sft.steps=2", "reward.steps=2", "reward.batch=2"]

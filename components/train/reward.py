@@ -34,7 +34,7 @@ CALIBRATION = "calibration.json"
 
 
 class Config(FineTuning, frozen=True, extra="forbid"):
-    share: float = Field(gt=0, le=1)  # of the training rows, chosen by a hash of what they are about
+    share: float = Field(ge=0, le=1)  # of the training rows, chosen by a hash of what they are about
     margin: float = Field(ge=0)  # by which the better answer should lead; a row may have its own
     val_rows: int = Field(ge=2)
 

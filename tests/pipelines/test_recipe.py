@@ -88,6 +88,7 @@ def test_every_wrong_key_is_named(conf: Path) -> None:
 def test_a_referee_that_would_share_rows_is_refused() -> None:
     demo = Path("conf/demo.yaml")
     assert compose(ROOT, demo, ["reward.share=0.9", "referee.share=0.1"])["referee"]["share"] == 0.1
+    assert compose(ROOT, demo, ["reward.share=1", "referee.share=0"])["reward"]["share"] == 1
     assert "referee.share: with reward.share over 1" in error(ROOT, "referee.share=0.35")
 
 
