@@ -5,7 +5,8 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from small import RECIPE, TEMPLATES, folders, train
 from components.artifact import ForjaError
 from components.data.chat import encode, encode_prompt
 from components.model.checkpoint import load
+from components.model.engine import Engine
 from components.model.gpt import GPT
 from components.train import dpo, ppo
+from components.train.loop import Skips
 from components.train.reward import Pair, Single
 
 PAIRS = [Pair([5, 6, 7, 8, 9], [5, 6, 30], 0.0, 2), Pair([11, 12, 13, 14], [11, 12, 13, 20, 21, 22], 0.0, 3)]
@@ -139,6 +142,24 @@ def test_prompts_get_the_next_other_prompts_answer() -> None:
     assert dpo.mismatched(items, 64) == [([1, 2, 12, 13], 2), ([1, 2, 12, 13], 2), ([3, 14], 1), ([4, 5, 6, 10], 3)]
     assert dpo.mismatched(items, 3)[1:] == [([2, 12, 13], 1), ([3, 14], 1), ([5, 6, 10], 2)]
     assert dpo.mismatched(items[:2], 64) == [] and dpo.mismatched(items[:1], 64) == []
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_baseline_is_a_mean_over_the_batch_and_never_negative(micro: int, models: tuple[GPT, GPT]) -> None:
+    """z0 by a loop, from either side: where one mean is under 0, the other is over it by as much."""
+    items = dpo.singles(PAIRS) + SINGLES
+    texts = dpo.mismatched(items, 64)
+    means, found = [], []
+    for policy, reference in (models, models[::-1]):
+        each = [float((slowly(policy, *text) - slowly(reference, *text)).detach()) for text in texts]
+        means.append(sum(each) / len(each))
+        engine = cast(Engine, SimpleNamespace(model=policy, micro=micro))
+        nothing = dpo.Preferences([], [], [], {})
+        by = dpo.Learner(engine, reference, nothing, 0, Skips(), lambda row: False)
+        found.append(dpo.baseline(recipe(algorithm="kto"), by, items))
+        assert dpo.baseline(recipe(algorithm="kto"), by, items[:2]) == 0.0  # one prompt, two answers
+    assert found == pytest.approx([max(0.0, mean) for mean in means], abs=1e-5)
+    assert abs(means[0]) > 1e-3 and min(found) == 0.0
 
 
 def rows(*kinds: tuple[str | None, str | None], split: str = "train", ask: str = "say {i}", at: int = 0) -> list[dict]:
