@@ -173,6 +173,28 @@ def score(
     scoring.show(scoring.score(find_root(), scoring.read_text(file), model, context), as_json, tokens)
 
 
+@app.command("eval")
+def eval_(
+    model: Annotated[Path, typer.Option(help="A checkpoint folder.")],
+    tasks: Annotated[str, typer.Option(help="Tasks, groups or tags of lm-evaluation-harness, with commas between.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with their data; without it they come from the hub.")
+    ] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Examples before each question; by default the task's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task; by default all.")] = None,
+    lang: Annotated[str | None, typer.Option(help="Ask through the model's prompt template of this language.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the examples that a task draws.")] = 1234,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Score anew what was scored before.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write it to this file too, for machines.")] = None,
+) -> None:
+    """lm-evaluation-harness' benchmarks (MMLU, HellaSwag, ARC ...) on a model, each number with its interval."""
+    from pipelines.benchmarks import show
+
+    asked = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    said = {"tasks": asked, "few_shot": few_shot, "limit": limit, "lang": lang, "seed": seed}
+    show(find_root(), model, data, said, fresh, as_json)
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="A Hugging Face folder, hf:org/name, or a llama2.c .bin.")],

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from components.model.gpt import GPT, KVCache
+from components.model.reader import Reader, reader
 
-BATCH = 4096  # tokens of a batch, padding included
+BATCH = 1024  # tokens of a batch, padding included: what its layers say stays in the cores' caches
 LOGITS = 1 << 23  # numbers that the head says at once
 WORTH = 256  # tokens that a pass of its own for a common beginning has to save
 NOTHING = -(1 << 30)  # the part of a row that pads it
@@ -38,12 +39,15 @@ class Item(NamedTuple):
 
 
 @torch.no_grad()
-def scores(model: GPT, requests: Sequence[Request], done: Callable[[int], None] = lambda n: None) -> list[Score]:
+def scores(
+    model: GPT | Reader, requests: Sequence[Request], done: Callable[[int], None] = lambda n: None
+) -> list[Score]:
     """One score a request, in their order. `done` is told how many more requests are.
 
     A context that does not fit loses tokens at its beginning. Raises ValueError for an empty context or continuation,
     and for a continuation that does not fit.
     """
+    model = model if isinstance(model, Reader) else reader(model)
     out: list[Score | None] = [None] * len(requests)
     smear = model.config.smear
     for shared, items in groups(gathered(requests, model.config.context)):
@@ -125,12 +129,16 @@ def _batches(items: list[Item], shared: int, smear: bool) -> Iterator[list[Item]
     yield batch
 
 
-def _read(model: GPT, tokens: Sequence[int]) -> KVCache:
+def _read(model: GPT | Reader, tokens: Sequence[int]) -> KVCache:
     """The keys and values of what many contexts begin with."""
-    like = model.wte.weight
-    cache = KVCache(model.config, 1, len(tokens), torch.empty(0, device=like.device))
-    model.hidden(torch.tensor([tokens], device=like.device), cache=cache)
+    device = _device(model)
+    cache = KVCache(model.config, 1, len(tokens), torch.empty(0, device=device))
+    model.hidden(torch.tensor([tokens], device=device), cache=cache)
     return cache
+
+
+def _device(model: GPT | Reader) -> torch.device:
+    return model.device if isinstance(model, Reader) else model.wte.weight.device
 
 
 class _Behind(KVCache):
@@ -173,8 +181,8 @@ def _row(item: Item, shared: int, smear: bool) -> Row:
     return Row(ids, positions, parts, asked)
 
 
-def _score(model: GPT, batch: list[Item], shared: int, before: KVCache | None) -> list[list[Score]]:
-    device = model.wte.weight.device
+def _score(model: GPT | Reader, batch: list[Item], shared: int, before: KVCache | None) -> list[list[Score]]:
+    device = _device(model)
     rows = [_row(item, shared, model.config.smear) for item in batch]
     longest = max(len(row.ids) for row in rows)
     padded = lambda rows, pad: torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])  # noqa: E731

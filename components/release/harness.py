@@ -15,9 +15,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 
 from components.artifact import ForjaError
+from components.data.templates import ANSWER, spans
 from components.model.checkpoint import Checkpoint, marks_of
 from components.model.generate import answers
 from components.model.losses import by_length
+from components.model.reader import reader
 from components.release.continuations import Score, scores
 
 PROMPTS_AT_ONCE = 64
@@ -32,11 +34,15 @@ class Adapter(TemplateLM):
         super().__init__()
         self.model, tokenizer, self.prompts = checkpoint
         self.folder, self.lang, self.told = folder, lang, told or (lambda what, done, of: None)
+        self.reader = reader(self.model)
         self.marks = marks_of(folder, tokenizer)
         if self.model.config.head != "lm":
             raise ForjaError(f"{folder}: a reward model gives values, not probabilities; name a language model")
         if self.marks.start is None or not self.marks.ends:
             raise ForjaError(f"{folder}: its tokenizer has no mark for a text's end; import it with one")
+        if lang is not None and lang not in self.prompts:
+            known = ", ".join(sorted(self.prompts)) or "no language"
+            raise ForjaError(f"--lang {lang}: {folder} has templates for {known}")
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # its own: the checkpoint's takes no text for special
         self.tokenizer.encode_special_tokens = False
         self.start = self.tokenizer.decode([self.marks.start], skip_special_tokens=False)
@@ -105,7 +111,7 @@ class Adapter(TemplateLM):
             self.told(what, so_far, len(asked))
 
         try:
-            return scores(self.model, asked, done)
+            return scores(self.reader, asked, done)
         except ValueError as e:
             raise ForjaError(f"{self.folder}: {e}; leave out the task, or take a model that sees more") from None
 
@@ -143,6 +149,24 @@ class Adapter(TemplateLM):
                 done += len(batch)
                 self.told("generate_until", done, len(requests))
         return out
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation by the model's own template, up to where the answer begins, or goes on.
+
+        A template without a role for the task's description leaves it out, as lm-eval's `hf` does.
+        """
+        assert self.lang is not None  # noqa: S101
+        template = self.prompts[self.lang]
+        try:
+            found = spans(self.tokenizer, chat_history, template, ask=add_generation_prompt)
+        except (ValueError, ForjaError):
+            turns = [m for m in chat_history if m["role"] != "system"]
+            found = spans(self.tokenizer, turns, template, ask=add_generation_prompt)
+        text = "".join(part.text for span in found for part in span.parts)
+        if not add_generation_prompt:
+            begun = chat_history[-1]["content"]
+            return text[: text.rindex(begun) + len(begun)]
+        return text + ("" if "jinja" in template else template.get("answer", ANSWER).partition("{content}")[0])
 
     def _wanted(self, said: dict[str, Any]) -> dict[str, Any]:
         """A task's wishes as ours. At most half of the context is for the answer."""

@@ -1,18 +1,16 @@
 """lm-eval's tasks on our models: what our adapter answers, against lm-eval's own `hf` model of the same weights."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from components.artifact import ForjaError
 from components.model.checkpoint import load, save
 from components.model.gpt import GPT
-from components.model.interop import export_model, import_model
+from components.model.interop import export_model
 from components.release import continuations
 from components.release.continuations import gathered, groups, scores
 from components.release.harness import Adapter
@@ -28,28 +26,6 @@ def agree(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]) -> N
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     for (a, _), (b, _) in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=LOGPROB)
-
-
-class Plain(PreTrainedModel):
-    """Our model as transformers' models are called: lm-eval's `hf` then reads one padded row a request."""
-
-    config_class = PretrainedConfig
-
-    def __init__(self, model: GPT) -> None:
-        super().__init__(PretrainedConfig(max_position_embeddings=model.config.context))
-        self.model = model
-
-    def forward(self, ids: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.model(ids))
-
-
-def plain(folder: Path, exported: Path) -> HFLM:
-    return HFLM(
-        pretrained=Plain(load(folder, "cpu").model),
-        tokenizer=AutoTokenizer.from_pretrained(exported),
-        max_length=load(folder, "cpu").model.config.context,
-        batch_size=4,
-    )
 
 
 @pytest.fixture
@@ -70,7 +46,7 @@ def both(save_checkpoint, tmp_path: Path):
 def teach(folder: Path) -> None:
     """Let the model learn a line by heart, so that what it says varies, and ends."""
     model, tokenizer, prompts = load(folder, "cpu")
-    ids = torch.tensor([tokenizer.encode(WORDS).ids + [tokenizer.token_to_id("<|end|>")]])
+    ids = torch.tensor([[*tokenizer.encode(WORDS).ids, tokenizer.token_to_id("<|end|>")]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(80):
         loss = model(ids[:, :-1], targets=ids[:, 1:]).mean()
@@ -104,8 +80,8 @@ def test_examples_that_all_questions_begin_with_are_read_once(both, monkeypatch:
     pairs = [(examples + q, c) for q in QUESTIONS for c in CHOICES]
     monkeypatch.setattr(continuations, "BATCH", 64)  # several batches behind one beginning
     read: list[int] = []
-    hidden = ours.model.hidden
-    monkeypatch.setattr(ours.model, "hidden", lambda ids, **how: (read.append(ids.numel()), hidden(ids, **how))[1])
+    hidden = ours.reader.hidden
+    monkeypatch.setattr(ours.reader, "hidden", lambda ids, **how: (read.append(ids.numel()), hidden(ids, **how))[1])
     found = ours.loglikelihood(asked(pairs))
     once = len(ours.tok_encode(examples))
     assert len(read) > 2 and sum(read) < 2 * once  # `hf` reads them 20 times
