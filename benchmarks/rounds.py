@@ -45,10 +45,10 @@ class Turns:
         print(json.dumps(answer), file=self.answers)
 
 
-def begin(script: str, arguments: Sequence[str]) -> Contender:
+def begin(script: str, arguments: Sequence[str], python: str = sys.executable) -> Contender:
     """Start a contender and wait until it is ready: start-up is not compared."""
     child = subprocess.Popen(  # noqa: S603
-        [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     heard(child)
     return child

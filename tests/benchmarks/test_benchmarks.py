@@ -23,6 +23,7 @@ LINES = {
         "rounds",
     },
     "generate": {"ratio", "recompute-2"},
+    "ppo": {"ratio", "ratios", "seconds", "shares", "rounds"},
     "memory": {"ratio", "bytes_per_parameter", "cases"},
     "encode": {"ratio", "mb_per_cpu_s", "packing"},
     "data --only encoding near_duplicates cleaning": {"ratio", "encoding", "near_duplicates", "cleaning"},
