@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.table import Table
+from rich.table import Column, Table
 
 from components.artifact import ForjaError, to_json, write_atomic
 from pipelines.checkout import home
@@ -33,7 +33,8 @@ def show(root: Path, model: Path, data: Path | None, said: dict[str, Any], fresh
     found = json.loads((place / RESULTS).read_bytes())
     console.print(table(found))
     if found["missing"]:
-        say(f"No data for {len(found['missing'])} tasks of these groups: {', '.join(found['missing'])}")
+        named = ", ".join(found["missing"][:4]) + (" ..." if len(found["missing"]) > 4 else "")
+        say(f"The groups are not whole: there are no data for {len(found['missing'])} of their tasks ({named})")
     say(f"Rows: {place / ROWS}{', scored before' if known else ''}")
     if as_json is not None:
         write_atomic(as_json, to_json({"model": str(model), "options": options.model_dump(mode="json"), **found}))
@@ -47,7 +48,8 @@ def _progress() -> Iterator[Any]:
 
 def table(found: dict[str, Any]) -> Table:
     """Groups first, then tasks: each number with its 95 % interval and the rows behind it."""
-    rows = Table("task", "examples", "metric", "value", "95 %", "rows", title="Benchmarks")
+    task = Column("task", overflow="fold")
+    rows = Table(task, "examples", "metric", "value", "95 %", "rows", title="Benchmarks")
     for kind in ("groups", "tasks"):
         for name, entry in found[kind].items():
             for metric, m in entry["metrics"].items():

@@ -7,9 +7,12 @@ a folder has no training rows, examples come from the rows that are asked, never
 import csv
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_EVALUATE_OFFLINE"] = "1"  # some metrics are programs on the hub, which would be fetched and run
 
 import datasets
 from lm_eval.api.group import Group
@@ -17,6 +20,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from components.artifact import ForjaError
 
@@ -61,7 +65,11 @@ class _Local(TaskFactory):
         self.missing: list[str] = []
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
-        said = self._load_full_config(entry, overrides)
+        said = {**_said(entry), **(overrides or {})}
+        if said.get("unsafe_code"):
+            raise ForjaError(
+                f"--tasks {entry.name}: would run code that the model writes, which forja does not; leave it out"
+            )
         if self.data is None or "dataset_path" not in said:
             return super()._build_task(entry, overrides)
         found = rows_of(self.data, said["dataset_path"], said.get("dataset_name"))
@@ -84,11 +92,18 @@ class _Local(TaskFactory):
         entry = registry.get(name) if isinstance(name, str) else None
         if self.data is None or entry is None or entry.kind != Kind.TASK:
             return True
-        said = self._load_full_config(entry)
+        said = _said(entry)
         there = "dataset_path" not in said or rows_of(self.data, said["dataset_path"], said.get("dataset_name"))
         if not there:
             self.missing.append(name)
         return bool(there)
+
+
+def _said(entry: Entry) -> dict[str, Any]:
+    """A task's own words, with nothing of its code loaded."""
+    if entry.yaml_path is None:
+        return dict(entry.cfg or {})
+    return load_yaml(entry.yaml_path, resolve_func=False, recursive=True)
 
 
 def _nothing(data: Path, task: str, said: dict[str, Any]) -> str:

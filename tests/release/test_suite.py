@@ -206,6 +206,8 @@ def test_mistakes_are_one_line(save_checkpoint: Any, small: Path, tmp_path: Path
         ask("hellaswagg")
     with pytest.raises(ForjaError, match=r"nothing there for hellaswag; put the hub's repository Rowan/hellaswag"):
         ask("hellaswag")
+    with pytest.raises(ForjaError, match="--tasks humaneval: would run code that the model writes"):
+        ask("humaneval")
     with pytest.raises(ForjaError, match=r"--lang fr: .* has templates for en, es"):
         ask("arc_easy", lang="fr")
     with pytest.raises(ForjaError, match="no such folder"):
