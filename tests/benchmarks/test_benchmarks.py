@@ -86,3 +86,14 @@ def test_gpu_tiny_on_a_cpu_trains_and_decodes_and_claims_nothing() -> None:
     assert row["ratio"] is None and row["tiny"] is True and "mfu" not in row["124m"]
     assert row["124m"]["losses"] == pytest.approx(row["offload"]["losses"], abs=1e-3)
     assert row["decode"]["token_s"] > 0
+
+
+@pytest.mark.nightly
+def test_rlhf_from_text_to_curves(tmp_path: Path) -> None:
+    said = run(f"rlhf --smoke --seeds 1 --work {tmp_path / 'work'} --page {tmp_path / 'page.html'}")
+    assert said.returncode == 0, said.stderr[-2000:]
+    row = json.loads(said.stdout)
+    (seed,) = row["seeds"]
+    assert all(0 <= seed[name][how] <= 1 for name in ("sft", "ppo", "grpo") for how in ("sampled", "greedy"))
+    assert row["least_gain"] == round(min(seed[n]["sampled"] - seed["sft"]["sampled"] for n in ("ppo", "grpo")), 4)
+    assert (tmp_path / "page.html").read_text().count("<figure") == 1
