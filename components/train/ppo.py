@@ -49,7 +49,7 @@ from components.model.lora import Lora, adapt, merge
 from components.model.optim import schedule
 from components.model.ranks import agreed, interrupted, split, stoppable
 from components.model.scratch import Saved, Saver
-from components.train import dpo, rl, verify
+from components.train import dpo, rl, verify, vllm_rollout
 from components.train.alarms import new_alarms
 from components.train.best import Best
 from components.train.loop import Skips, finite
@@ -286,7 +286,7 @@ def run(
         best.note(-before["reward"], 0)
     maybe: dict[str, Saved | None] = {"policy": policy, "value": value, "best": best}
     saved = {name: part for name, part in maybe.items() if part is not None}
-    with stoppable() as asked, Saver(scratch, saved) as saver:
+    with stoppable() as asked, Saver(scratch, saved) as saver, vllm_rollout.ended():
         state = saver.resume() or {"step": 0, "skipped": [0, 0]}
         skips = Skips(*state["skipped"])
         history, evaluations, alarms = (list(state.get(key, ())) for key in ("history", "evaluations", "alarms"))

@@ -1,9 +1,10 @@
 """A rollout: answers from the policy as it is, and what the other models make of them. Steps 1 and 2 of ppo.py."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -14,7 +15,7 @@ from components.model.generate import generate
 from components.model.gpt import GPT
 from components.model.lora import without
 from components.model.losses import pad_right
-from components.train import rl
+from components.train import rl, vllm_rollout
 from components.train.loop import Keeping
 from components.train.questions import Judge, Question
 
@@ -27,6 +28,7 @@ class Answering(Keeping, frozen=True, extra="forbid"):
     minibatches: int = Field(ge=1)
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(gt=0)
+    sampler: Literal["forja", "vllm"]  # whose random numbers the answers come from
     kl_estimator: rl.Estimator
     unfinished: float = Field(allow_inf_nan=False)  # the score of an answer that never ends
 
@@ -92,7 +94,10 @@ def roll_out(
     started = time.perf_counter()
     several = [(i, question) for i, question in enumerate(asked) for _ in range(cfg.group)]
     prompts = [question["ids"] for _, question in several]
-    answers = generate(
+    sample: Callable[..., list[list[int]]] = generate
+    if cfg.sampler == "vllm":
+        sample = partial(vllm_rollout.generate, precision=cfg.precision)
+    answers = sample(
         policy, prompts, max_new_tokens=cfg.max_new_tokens, stop=end, temperature=cfg.temperature, seed=seed
     )
     sampled = time.perf_counter()

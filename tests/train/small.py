@@ -23,7 +23,7 @@ SHAPE = {
 }
 TEMPLATES = {"en": {"user": "Q: {content}\n", "assistant": "A:"}}
 RECIPE = ppo.Config(
-    **{"algorithm": "ppo", "judge": "model", "lora": None, "group": 1},
+    **{"algorithm": "ppo", "judge": "model", "lora": None, "group": 1, "sampler": "forja"},
     **{"lr": 3e-4, "matrix_lr": None, "schedule": "wsd", "lr_floor": 0.1, "warmup": 0, "decay": 0.5},
     **{"weight_decay": 0.0, "beta2": 0.95, "clip": 1.0, "ema": None, "precision": "fp32"},
     **{"seed": 3, "steps": 4, "batch": 8, "eval_every": 2, "save_every": 2, "keep": "last"},
