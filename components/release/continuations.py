@@ -15,7 +15,7 @@ from torch import Tensor
 from components.model.gpt import GPT, KVCache
 from components.model.reader import Reader, reader
 
-BATCH = 1024  # tokens of a batch, padding included: what its layers say stays in the cores' caches
+BATCH = 1024  # tokens of a batch and core, padding included: what its layers say stays in the cores' caches
 LOGITS = 1 << 23  # numbers that the head says at once
 WORTH = 256  # tokens that a pass of its own for a common beginning has to save
 NOTHING = -(1 << 30)  # the part of a row that pads it
@@ -119,9 +119,9 @@ def _saved(common: list[int]) -> int:
 def _batches(items: list[Item], shared: int, smear: bool) -> Iterator[list[Item]]:
     """Longest first, so that what memory it takes shows at once."""
     batch: list[Item] = []
-    longest = 0
+    longest, most = 0, BATCH * torch.get_num_threads()
     for item in sorted(items, key=lambda item: item.length(smear), reverse=True):
-        if batch and (longest - shared) * (len(batch) + 1) > BATCH:
+        if batch and (longest - shared) * (len(batch) + 1) > most:
             yield batch
             batch = []
         longest = longest if batch else item.length(smear)
@@ -211,11 +211,11 @@ def _score(model: GPT | Reader, batch: list[Item], shared: int, before: KVCache 
         row, target = which[mine] - first, targets[mine]
         logprob[mine.cpu()] = (logits[row, target] - logits.logsumexp(-1)[row]).cpu()
         likeliest[mine.cpu()] = (logits.argmax(-1)[row] == target).cpu()
-    sizes = [len(tokens) for row in rows for _, tokens in row.asked]
-    found = (
-        Score(lp.double().sum().item(), bool(ok.all()))
-        for lp, ok in zip(logprob.split(sizes), likeliest.split(sizes), strict=True)
-    )
+    sizes = torch.tensor([len(tokens) for row in rows for _, tokens in row.asked])
+    of = torch.arange(len(sizes)).repeat_interleave(sizes)
+    total = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, of, logprob.double()).tolist()
+    right = (torch.zeros(len(sizes), dtype=torch.long).index_add_(0, of, likeliest.long()) == sizes).tolist()
+    found = itertools.starmap(Score, zip(total, right, strict=True))
     return [[next(found) for _ in row.asked] for row in rows]
 
 

@@ -74,6 +74,18 @@ def test_scores_are_hf_s(both) -> None:
     agree(ours.loglikelihood(asked(pairs)), theirs.loglikelihood(asked(pairs), disable_tqdm=True))
 
 
+def test_both_ways_to_tokens_give_the_same(both) -> None:
+    ours, _ = both(context=64)
+    texts = [*QUESTIONS, *CHOICES, "", "  la\n\nes", "Ñandú 12 345 <|", "🙂 the"]
+    assert ours.fast is not None
+    found = ours.encoded(texts)
+    assert found == {text: ours.tokenizer.encode(text).ids for text in texts}
+    end = ours.tokenizer.token_to_id("<|end|>")
+    assert ours.encoded(["the<|end|>"])["the<|end|>"][-1] == end  # in a benchmark's text a mark is one
+    ours.fast = None
+    assert ours.encoded(texts) == found
+
+
 def test_examples_that_all_questions_begin_with_are_read_once(both, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = both(context=512)
     examples = "".join(f"{q} the answer\n\n" for q in QUESTIONS * 4)
@@ -139,8 +151,12 @@ def test_groups_by_hand() -> None:
 
 def test_what_does_not_fit_is_said(both) -> None:
     ours, _ = both(context=32)
-    with pytest.raises(ForjaError, match=r"a continuation of \d+ tokens does not fit the model's context of 32"):
+    with pytest.raises(ForjaError, match=r"--tasks a task: has a choice of 60 tokens, and .*model reads 1 to 32;"):
         ours.loglikelihood(asked([("the", "xyz" * 20)]))
+    with pytest.raises(ValueError, match="a continuation of 33 tokens does not fit the model's context of 32"):
+        scores(ours.model, [([1], [2] * 33)])
+    with pytest.raises(ValueError, match="need a token each"):
+        scores(ours.model, [([], [2])])
 
 
 def test_rolling_windows_are_hf_s(both) -> None:
