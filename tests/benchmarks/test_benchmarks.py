@@ -24,6 +24,7 @@ LINES = {
     },
     "generate": {"ratio", "recompute-2"},
     "ppo": {"ratio", "ratios", "seconds", "shares", "rounds"},
+    "evaluate": {"ratio", "many", "one", "one-alone"},
     "memory": {"ratio", "bytes_per_parameter", "cases"},
     "encode": {"ratio", "mb_per_cpu_s", "packing"},
     "data --only encoding near_duplicates cleaning": {"ratio", "encoding", "near_duplicates", "cleaning"},
