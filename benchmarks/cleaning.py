@@ -48,7 +48,13 @@ def forja(data: Path, folder: Path, tokenizer: Path) -> dict[str, float]:
     from components.data import packing, tokenize, validate
     from components.log import silent
 
-    limits = {"min_chars": 1, "max_chars": 1_000_000, "max_rejected_share": 1.0, "max_duplicate_share": 1.0, "max_class_share": None}
+    limits = {
+        "min_chars": 1,
+        "max_chars": 1_000_000,
+        "max_rejected_share": 1.0,
+        "max_duplicate_share": 1.0,
+        "max_class_share": None,
+    }
     asked = {"ngram": NGRAM, "whole": 8, "decontaminate": [], "near_duplicates": None, "languages": None}
     asked |= {"quality": FILTERS, "pii": "off", "poison": "off"}
     tables = dict.fromkeys(("corpus", "instructions", "preferences", "prompts", "eval"), limits)

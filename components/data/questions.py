@@ -13,7 +13,7 @@ from components.data import problems
 from components.data.sources import Doc, hashed, split_of
 
 Message = dict[str, Any]
-KINDS = ("wrong", "cut", "off-topic")
+KINDS = ("wrong", "cut", "off-topic", "garbled")
 SIGNATURE_CHARS = 120
 SIMILAR_LENGTH = 24  # distractors are drawn from this many descriptions of nearest length
 
@@ -41,6 +41,7 @@ SHARES = {"describe/es": 0.25, "signature/en": 0.15, "signature/es": 0.1, "modul
 OPERATORS = "+-*/"
 PAIR_CHARS = 120  # question and right answer: what a small model can compare
 CALCULATIONS = 0.75  # of the off-topic answers to a question about an object
+SPOILT = (1, 3)  # places of a garbled answer
 DRAWS = 200  # how often to look for a fit wrong answer before a pair is left out
 
 
@@ -125,7 +126,9 @@ def preferences(asked: list[Question], seed: int) -> Iterator[tuple[Question, st
     """(question, kind, rejected answer) for the short questions; kinds take turns within a split.
 
     Wrong is the answer to another question of the same topic, a wrong number or a wrong call; cut is the right answer
-    broken off; off-topic is the answer to a question of another topic, mostly a calculation where none was asked.
+    broken off; off-topic is the answer to a question of another topic, mostly a calculation where none was asked;
+    garbled is the right answer, or call, misspelt as a small model misspells: without such pairs a reward model takes
+    whatever it has not seen for good, and a policy finds that out.
     """
     for split in ("train", "val", "test"):
         pool = sorted((q for q in asked if split_of(q.object) == split), key=lambda q: hashed(f"{seed}/{q.key}"))
@@ -142,6 +145,8 @@ def preferences(asked: list[Question], seed: int) -> Iterator[tuple[Question, st
 def _rejected(question: Question, kind: str, pool: Pool, rng: random.Random) -> Message | None:
     if kind == "cut":
         return _cut(question.first, rng)
+    if kind == "garbled":
+        return _garbled(question, pool, rng)
     if kind == "off-topic":
         calculate = question.topic != "problem" and rng.random() < CALCULATIONS
         other = _another(question, pool.problems if calculate else pool.all, rng, same_topic=False)
@@ -176,6 +181,33 @@ def _cut(message: Message, rng: random.Random) -> Message:
         return problems.call(" ".join(words[: rng.randrange(2, len(words), 2)]))  # after an operator
     text = message["content"]
     return {"role": "assistant", "content": text[: max(1, int(len(text) * rng.uniform(0.2, 0.66)))].rstrip(" .!?")}
+
+
+def _garbled(question: Question, pool: Pool, rng: random.Random) -> Message:
+    """The answer with pieces of other answers in some places, every other time within the name that was asked about; or
+    the call with a digit more, less or changed, or with a result where the expression should end."""
+    about = question.about
+    if question.topic == "problem":
+        spelt = f"{about} = {rng.randrange(100)}" if rng.random() < 0.4 else _misspelt(about, rng)
+        if question.first.get("tool_calls") or rng.random() < 0.5:
+            return problems.call(spelt)
+        return {"role": "assistant", "content": f"{about} = {rng.randrange(100)}."}
+    text = question.first["content"]
+    for _ in range(rng.randint(*SPOILT)):
+        named = text.find(about)
+        low, high = (named, named + len(about)) if named >= 0 and rng.random() < 0.5 else (0, len(text))
+        at, size = rng.randrange(low, high), rng.randint(2, 8)
+        other = rng.choice(pool.all).first["content"] or about
+        start = rng.randrange(len(other))
+        text = text[:at] + other[start : start + size] + text[at + rng.randint(0, size) :]
+    return {"role": "assistant", "content": text}
+
+
+def _misspelt(expression: str, rng: random.Random) -> str:
+    """The expression with one digit more, less or changed."""
+    at = rng.choice([m.start() for m in re.finditer(r"\d", expression)])
+    digit = str(rng.randrange(10))
+    return expression[:at] + rng.choice([digit, digit + expression[at], ""]) + expression[at + 1 :]
 
 
 def _wrong_result(question: Question, pool: list[Question], rng: random.Random) -> Message | None:

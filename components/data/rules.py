@@ -10,7 +10,7 @@ from components.data.strict import Unfit, loads
 
 LANGS = ("en", "es")
 SPLITS = ("train", "val", "test")
-KINDS = ("wrong", "cut", "off-topic", "judged")  # of the last there is one answer, chosen or rejected
+KINDS = ("wrong", "cut", "off-topic", "garbled", "judged")  # of the last there is one answer, chosen or rejected
 CHOICES = (2, 26)  # how many a question may have
 COMMON = ("id", "source", "licence", "provenance", "lang", "object", "split")
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def test_a_wrong_answer_is_another_objects_of_the_same_split(small: Path) -> Non
         if r["kind"] == "cut" and said:
             assert r["chosen"]["content"].startswith(said)
             assert len(said) <= 0.66 * len(r["chosen"]["content"])
+        if r["kind"] == "garbled" and said and r["object"] in said and len(said) > 60:
+            assert SequenceMatcher(None, r["chosen"]["content"], said, autojunk=False).ratio() > 0.5
     for counted in kinds.values():
+        assert set(counted) == {"wrong", "cut", "off-topic", "garbled"}
         assert max(counted.values()) - min(counted.values()) <= 0.1 * sum(counted.values())
 
 
