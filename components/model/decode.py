@@ -112,17 +112,7 @@ class Decoder:
         B, T = ids.shape
         start = cache.filled
         at = torch.arange(start, start + T, device=ids.device) if positions is None else positions
-        x = F.embedding(ids, self.wte)
-        if self.smear is not None:
-            first = ids[:, :1] if cache.last is None else cache.last
-            before = F.embedding(torch.cat((first, ids[:, :-1]), dim=1), self.wte)
-            x = x + before * self.smear * (at > 0)[..., None]
-        if self.wpe is not None:
-            x = x + F.embedding(at, self.wpe)
-        rope = None
-        if self.angles is not None:
-            rope = self.angles[:, at]
-            rope = rope if at.dim() == 1 else rope.unsqueeze(2)
+        x, rope = self._embedded(ids, at, cache.last)
         span = Span(self.config, cache, at, B, T)
         x = x.view(B * T, -1)
         for number, layer in enumerate(self.layers):
@@ -130,6 +120,20 @@ class Decoder:
         cache.filled += T
         cache.last = ids[:, -1:]
         return self.norm(x).view(B, T, -1)
+
+    def _embedded(self, ids: Tensor, at: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What goes into the first layer [B, T, width], and the angles of its positions `at`; `last` [B, 1] is the
+        token before `ids`, None where there is none."""
+        x = F.embedding(ids, self.wte)
+        if self.smear is not None:
+            before = F.embedding(torch.cat((ids[:, :1] if last is None else last, ids[:, :-1]), dim=1), self.wte)
+            x = x + before * self.smear * (at > 0)[..., None]
+        if self.wpe is not None:
+            x = x + F.embedding(at, self.wpe)
+        if self.angles is None:
+            return x, None
+        rope = self.angles[:, at]
+        return x, rope if at.dim() == 1 else rope.unsqueeze(2)
 
     def _block(self, x: Tensor, layer: Layer, number: int, rope: Tensor | None, span: "Span") -> Tensor:
         if self.config.block == "post":

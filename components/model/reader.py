@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from components.model.attention import attend
@@ -40,17 +39,7 @@ class Reader(Decoder):
         start = 0 if cache is None else cache.filled
         at = torch.arange(start, start + T, device=ids.device) if positions is None else positions
         with self.guard():
-            x = F.embedding(ids, self.wte)
-            if self.smear is not None:
-                first = ids[:, :1] if cache is None or cache.last is None else cache.last
-                before = F.embedding(torch.cat((first, ids[:, :-1]), dim=1), self.wte)
-                x = x + before * self.smear * (at > 0)[..., None]
-            if self.wpe is not None:
-                x = x + F.embedding(at, self.wpe)
-            rope = None
-            if self.angles is not None:
-                rope = self.angles[:, at]
-                rope = rope if at.dim() == 1 else rope.unsqueeze(2)
+            x, rope = self._embedded(ids, at, None if cache is None else cache.last)
             x = x.reshape(B * T, -1)
             rows: Any = _Rows(at, mask, cache, B, T)
             for number, layer in enumerate(self.layers):
