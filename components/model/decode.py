@@ -150,13 +150,17 @@ class Decoder:
             return F.silu(gate) * x
         return x if self.config.activation == "gelu" else F.relu(x).square()
 
-    def _attention(self, x: Tensor, layer: Layer, number: int, rope: Tensor | None, span: "Span") -> Tensor:
-        c, B, T = self.config, span.B, span.T
+    def _heads(self, x: Tensor, layer: Layer, rope: Tensor | None, B: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, T, head width] of the states x [B * T, width], turned."""
+        c = self.config
         qkv = layer.qkv(x).view(B, T, c.heads + 2 * c.kv_heads, c.head_width)
         q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
         q, k, v = layer.q_norm(q).transpose(1, 2), layer.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+
+    def _attention(self, x: Tensor, layer: Layer, number: int, rope: Tensor | None, span: "Span") -> Tensor:
+        c, B, T = self.config, span.B, span.T
+        q, k, v = self._heads(x, layer, rope, B, T)
         k, v = span.store(number, k, v)
         y = attend(q.reshape(B * c.kv_heads, -1, c.head_width), k, v, span.mask)
         y = y.view(B, c.heads, T, c.head_width)

@@ -9,7 +9,6 @@ from components.model.attention import attend
 from components.model.decode import Decoder, Layer
 from components.model.gpt import GPT, KVCache
 from components.model.parallel import divided
-from components.model.rotary import rotate
 
 
 class _Rows(NamedTuple):
@@ -50,16 +49,11 @@ class Reader(Decoder):
             return self.norm(x).view(B, T, -1)
 
     def _attention(self, x: Tensor, layer: Layer, number: int, rope: Tensor | None, span: Any) -> Tensor:
-        c, B, T = self.config, span.B, span.T
-        qkv = layer.qkv(x).view(B, T, c.heads + 2 * c.kv_heads, c.head_width)
-        q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
-        q, k, v = layer.q_norm(q).transpose(1, 2), layer.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = self._heads(x, layer, rope, span.B, span.T)
         if span.cache is not None:
             k, v = span.cache.append(number, k, v, span.positions)
-        y = attend(q, k, v, span.mask, c.window)
-        return y.transpose(1, 2).reshape(B * T, -1)
+        y = attend(q, k, v, span.mask, self.config.window)
+        return y.transpose(1, 2).reshape(span.B * span.T, -1)
 
 
 def reader(model: GPT) -> GPT | Reader:
